@@ -1,0 +1,71 @@
+# From nothing: `make demo` installs, fetches a small model and generates; `make test` installs and runs every check.
+# Each environment has a stamp file, so that a second run starts at once; a change of pyproject.toml renews it.
+
+PYTHON ?= python3
+PYTHON313 ?= python3.13
+WORKERS ?= 2
+
+VENV := .venv
+NEWEST := .venv-newest
+BIN := $(VENV)/bin
+MODEL := smollm2-135m-instruct
+PROMPT ?= Explain in two sentences why the sky is blue.
+CODE := $(wildcard mtd_jax train infer benchmarks tests)
+PIP_FLAGS := -qq --disable-pip-version-check
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fast test-newest check format clean
+
+help:
+	@echo "make demo         install, fetch $(MODEL), generate"
+	@echo "make test         lint, types, layers, then every test"
+	@echo "make test-fast    the tests that are not marked slow"
+	@echo "make test-newest  the tests on PYTHON313 with the newest jax, without torch"
+	@echo "make check        lint, types and layers only"
+	@echo "make format       let ruff rewrite what it can"
+	@echo "make clean        remove environments and caches, keep models/"
+
+demo: models/$(MODEL)/config.json
+	$(BIN)/mtd generate --model models/$(MODEL) --prompt "$(PROMPT)" --stream
+
+test: check
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-fast: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-newest: $(NEWEST)/.stamp-dev
+	$(NEWEST)/bin/python -c "import jax, sys; print('Python', sys.version.split()[0], 'jax', jax.__version__)"
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not torch"
+
+check: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CODE)
+	$(BIN)/lint-imports
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(NEWEST) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# A native checkpoint is renamed into place when it is complete, so its config.json says that all of it is there.
+models/$(MODEL)/config.json: | $(VENV)/.stamp-base
+	$(BIN)/mtd fetch $(MODEL) --out models/$(MODEL)
+
+$(VENV)/.stamp-base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e .
+	touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	touch $(VENV)/.stamp-base $@
+
+$(NEWEST)/.stamp-dev: pyproject.toml
+	test -x $(NEWEST)/bin/python || $(PYTHON313) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install $(PIP_FLAGS) --upgrade --upgrade-strategy eager -e '.[dev]'
+	touch $@

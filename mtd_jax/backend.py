@@ -1,0 +1,29 @@
+"""What differs between CPU, GPU and TPU: compiler options and the layout of weights.
+
+Everything here was chosen by measurement (docs/performance.md) and changes speed only.
+"""
+
+from __future__ import annotations
+
+import jax
+
+_CPU_DECODE: dict[str, int | str] = {
+    # One row: LLVM's matrix-vector loops at full AVX-512 width read weights 7 % faster.
+    "xla_cpu_prefer_vector_width": 512,
+    # 2-16 rows: Eigen's products are up to 1.35x faster than YNNPACK's on weights stored [in, out].
+    "xla_cpu_experimental_ynn_fusion_type": "",
+}
+
+
+def decode_options() -> dict[str, int | str] | None:
+    """Compiler options for programs that run a few rows against all weights."""
+    return dict(_CPU_DECODE) if jax.default_backend() == "cpu" else None
+
+
+def unrolls_layers() -> bool:
+    """Whether decoding wants one buffer a layer instead of a stack.
+
+    XLA for CPU copies a layer out of the stack before it multiplies with it: 20-50 % of a step.
+    GPUs and TPUs read the stack in place, and compile one body instead of L.
+    """
+    return jax.default_backend() == "cpu"

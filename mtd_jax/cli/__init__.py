@@ -1,0 +1,1 @@
+"""The `mtd` command line, a file per command."""

@@ -1,0 +1,84 @@
+"""`mtd convert`: checkpoints in and out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mtd_jax.cli.arguments import Subparsers
+
+_FROM = """\
+Reads a Hugging Face directory (safetensors), a GGUF file or a native checkpoint and writes a
+native one: config.json, params/ and the tokenizer. Nothing appears at OUT before it is whole.
+
+example:
+  mtd convert from-hf ~/models/Llama-3.2-1B-Instruct models/llama-1b --dtype bfloat16
+"""
+_TO = """\
+Writes a directory that transformers loads: config.json, safetensors, the tokenizer. Weights keep
+their dtype, bit for bit.
+
+example:
+  mtd convert to-hf models/llama-1b exported/llama-1b
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds `convert` with `from-hf` and `to-hf`."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="bring weights in and out",
+        description="Converts checkpoints from and to Hugging Face directories.",
+    )
+    kinds = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    from_hf = kinds.add_parser(
+        "from-hf",
+        help="Hugging Face directory or GGUF file -> native checkpoint",
+        description=_FROM,
+    )
+    from_hf.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="float type to store (default: as it is)"
+    )
+    to_hf = kinds.add_parser(
+        "to-hf",
+        help="native checkpoint -> Hugging Face directory",
+        description=_TO,
+    )
+    to_hf.add_argument(
+        "--shard-size",
+        type=_gigabytes,
+        default=5.0,
+        metavar="GB",
+        help="largest file, in 10^9 bytes (default: 5)",
+    )
+    for direction, run in ((from_hf, _from_hf), (to_hf, _to_hf)):
+        direction.add_argument("source", metavar="SRC", type=Path, help="what to read")
+        direction.add_argument("out", metavar="OUT", type=Path, help="directory to make")
+        direction.add_argument(
+            "--force", action="store_true", help="replace a checkpoint that is at OUT already"
+        )
+        direction.set_defaults(run=run)
+
+
+def _from_hf(args: argparse.Namespace) -> int:
+    from mtd_jax.convert.conversions import to_native
+
+    model = to_native(args.source, args.out, dtype=args.dtype, force=args.force)
+    print(f"{args.out}: {model.config.family}, {model.params.embedding.dtype}, {model.fingerprint}")
+    return 0
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from mtd_jax.convert.conversions import to_huggingface
+
+    size = int(args.shard_size * 1e9)
+    model = to_huggingface(args.source, args.out, shard_size=size, force=args.force)
+    print(f"{args.out}: {model.config.family}, {model.params.embedding.dtype}")
+    return 0
+
+
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise ValueError(text)
+    return value

@@ -1,0 +1,158 @@
+"""`mtd generate`: answers prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mtd_jax.cli import arguments
+from mtd_jax.cli.session import open_method, open_model, sampling_of
+from mtd_jax.decoding.generate import Chunk, Completion, collect, generate
+from mtd_jax.decoding.metrics import Metrics, total
+from mtd_jax.decoding.requests import DEFAULT_NEW_TOKENS, Prompt, read_prompts
+from mtd_jax.errors import InputError
+
+_DESCRIPTION = """\
+Answer one prompt or a file of prompts.
+
+  mtd generate --model models/smollm2 --prompt "Why is the sky blue?" --stream
+  mtd generate --model models/smollm2 --prompts prompts.jsonl --batch-size 4 --json
+
+A prompts file holds one JSON object a line: {"id": ..., "prompt": TEXT}, or "messages": [{"role",
+"content"}, ...] or "token_ids": [...] in place of "prompt"; optional "max_new_tokens".
+Text is wrapped in the model's chat template where it has one (--no-chat: taken as it is).
+"""
+
+
+def add_parser(commands: arguments.Subparsers) -> None:
+    """Declares the command."""
+    parser = commands.add_parser("generate", help="answer prompts", description=_DESCRIPTION)
+    arguments.add_model_arguments(parser)
+    arguments.add_method_arguments(parser)
+    source = parser.add_argument_group("prompts")
+    source.add_argument("--prompt", metavar="TEXT", help="one prompt")
+    source.add_argument("--prompts", metavar="FILE.jsonl", help="a file of prompts")
+    source.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="wrap text in the chat template (default: if there is one)",
+    )
+    source.add_argument(
+        "--batch-size", type=int, default=1, metavar="B", help="decoded together (default: 1)"
+    )
+    arguments.add_sampling_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--stream", action="store_true", help="show text as it comes")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    if (args.prompt is None) == (args.prompts is None):
+        raise InputError("give one of --prompt and --prompts")
+    if args.stream and args.json:
+        raise InputError("give one of --stream and --json")
+    if args.stream and args.batch_size > 1:
+        raise InputError("--stream shows one answer at a time: leave out --batch-size")
+    sampling = sampling_of(args)
+    method = open_method(args)
+    prompts = [Prompt(id="0", text=args.prompt)] if args.prompt is not None else None
+    prompts = prompts or read_prompts(args.prompts)
+    model = open_model(args)
+    budget = DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    chunks = generate(
+        model,
+        method,
+        prompts,
+        sampling=sampling,
+        max_new_tokens=budget,
+        stop=args.stop,
+        chat=args.chat,
+        batch_size=args.batch_size,
+        stream=True,
+    )
+    if args.stream:
+        chunks = _shown(chunks, prompts)
+    completions = collect(_with_progress(chunks, prompts, args), len(prompts))
+    metrics = total([c.metrics for c in completions], args.batch_size)
+    if args.json:
+        print(json.dumps(_report(args, completions, metrics), ensure_ascii=False))
+        return 0
+    if not args.stream:
+        for completion in completions:
+            if len(prompts) > 1:
+                print(f"--- {completion.id}")
+            print(completion.text)
+    print(_summary(metrics), file=sys.stderr)
+    return 0
+
+
+def _shown(chunks: Iterator[Chunk], prompts: list[Prompt]) -> Iterator[Chunk]:
+    """Prints the chunks as they pass."""
+    started: set[int] = set()
+    for chunk in chunks:
+        if len(prompts) > 1 and chunk.index not in started:
+            print(f"--- {chunk.id}")
+        started.add(chunk.index)
+        print(chunk.text, end="\n" if chunk.finish_reason else "", flush=True)
+        yield chunk
+
+
+def _with_progress(
+    chunks: Iterator[Chunk], prompts: list[Prompt], args: argparse.Namespace
+) -> Iterator[Chunk]:
+    """Draws a bar on a terminal's stderr while several prompts are answered."""
+    console = Console(stderr=True)
+    if args.stream or not console.is_terminal:
+        yield from chunks
+        return
+    columns = (
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} prompts"),
+        TextColumn("{task.fields[tokens]} tokens"),
+        TimeElapsedColumn(),
+    )
+    tokens = 0
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("decoding", total=len(prompts), tokens=0)
+        for chunk in chunks:
+            tokens += len(chunk.token_ids)
+            bar.update(task, advance=int(chunk.finish_reason is not None), tokens=tokens)
+            yield chunk
+
+
+def _report(
+    args: argparse.Namespace, completions: list[Completion], metrics: Metrics
+) -> dict[str, object]:
+    outputs = [
+        {
+            "id": c.id,
+            "text": c.text,
+            "token_ids": list(c.token_ids),
+            "prompt_tokens": c.prompt_tokens,
+            "finish_reason": c.finish_reason,
+            "metrics": c.metrics.to_dict(),
+        }
+        for c in completions
+    ]
+    return {
+        "model": args.model,
+        "method": args.method,
+        "outputs": outputs,
+        "metrics": metrics.to_dict(),
+    }
+
+
+def _summary(metrics: Metrics) -> str:
+    return (
+        f"[{metrics.tokens} tokens in {metrics.seconds:.2f} s: "
+        f"{metrics.tokens_per_second:.1f} tokens/s, prompt {metrics.prompt_seconds:.2f} s; "
+        f"compilation {metrics.compile_seconds:.1f} s apart]"
+    )

@@ -1,0 +1,55 @@
+"""`mtd`: parses the command line, runs a command, turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+from mtd_jax.cli import bench, chat, convert, fetch, generate, inspect
+from mtd_jax.cli.arguments import Parser
+from mtd_jax.errors import InputError
+
+_DESCRIPTION = """\
+Multi-token decoding of large language models in JAX.
+
+First steps:
+  mtd fetch smollm2-135m-instruct --out models/smollm2
+  mtd generate --model models/smollm2 --prompt "Why is the sky blue?" --stream
+"""
+
+
+def make_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="mtd", description=_DESCRIPTION)
+    version = f"mtd-jax {metadata.version('mtd-jax')}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
+    for command in (fetch, convert, inspect, generate, chat, bench):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command: 0 on success, 2 with one line on stderr for bad input, 1 on a failure."""
+    try:
+        parser = make_parser()
+        args = parser.parse_args(argv)
+        return args.run(args)
+    except InputError as error:
+        print(f"mtd: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output went away (`mtd ... | head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("mtd: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1

@@ -1,0 +1,1 @@
+"""Weights in and out: native checkpoints, Hugging Face directories, GGUF files."""

@@ -1,0 +1,111 @@
+"""Directories that appear under their name when they are whole, and not at all otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mtd_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yields a new directory beside `out`, renamed to `out` when the block ends without error.
+
+    What a killed process left of an earlier attempt is removed first.
+
+    Args:
+      force: replace a checkpoint that is already there.
+
+    Raises:
+      InputError: `out` is there and must not be replaced, or writing fails (a full disk, rights).
+    """
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        check_free(out, force=force)
+        work = out.parent / f".{out.name}.part-{os.getpid()}-{secrets.token_hex(4)}"
+        work.mkdir()
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    try:
+        yield work
+        _put_in_place(work, out)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_free(out: Path, *, force: bool = False) -> None:
+    """Refuses an `out` that holds something; `force` allows to replace a checkpoint, nothing else.
+
+    Raises:
+      InputError: says what is in the way.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise InputError(f"{out} is there already and is no directory")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise InputError(f"{out} is there already (--force replaces it)")
+    if not (out / "config.json").is_file():
+        raise InputError(f"{out} holds no checkpoint, so --force does not replace it")
+
+
+def check_space(directory: Path, size: int) -> None:
+    """Refuses to begin what does not fit on the disk.
+
+    Raises:
+      InputError: fewer than `size` bytes are free where `directory` lies.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise InputError(
+            f"cannot write {directory.parent}: {size / 1e6:,.0f} MB are needed there "
+            f"and {free / 1e6:,.0f} MB are free"
+        )
+
+
+def _put_in_place(work: Path, out: Path) -> None:
+    if not out.exists():
+        work.rename(out)
+        return
+    old = work.with_name(f"{work.name}-old")
+    out.rename(old)
+    work.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_stale(out: Path) -> None:
+    pattern = re.compile(re.escape(f".{out.name}.part-") + r"(\d+)-[0-9a-f]{8}(-old)?")
+    for path in out.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] and not out.exists():
+            path.rename(out)  # killed between the two renames: the former checkpoint is whole
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _cannot_write(out: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {out}: {error.strerror or error}")

@@ -1,0 +1,52 @@
+"""The files of a directory with their sizes, so that damage is noticed before anything reads them.
+
+Orbax and TensorStore meet a truncated file in a background thread, with pages of output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from mtd_jax.errors import InputError
+
+# Small files hold structure and are hashed; of weights, only the size is worth the time.
+_HASHED_BYTES = 1 << 20
+
+
+def take_inventory(directory: Path) -> dict[str, list[Any]]:
+    """Relative path -> [size in bytes, SHA-256 or null] of every file below a directory."""
+    return {
+        path.relative_to(directory).as_posix(): _describe(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def check_inventory(directory: Path, inventory: Any) -> None:
+    """Compares a directory with what `take_inventory` found in it.
+
+    Raises:
+      InputError: names the first file that is missing or changed, or the inventory is malformed.
+    """
+    if not isinstance(inventory, dict) or not inventory:
+        raise InputError(f"{directory.parent}/config.json does not list the files of {directory}")
+    for name, expected in inventory.items():
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise InputError(f"{directory.parent}/config.json lists '{name[:100]}' elsewhere")
+        if not path.is_file():
+            raise InputError(f"{path} is missing")
+        try:
+            found = _describe(path)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        if found != expected:
+            raise InputError(f"{path} is truncated or was changed")
+
+
+def _describe(path: Path) -> list[Any]:
+    size = path.stat().st_size
+    small = size <= _HASHED_BYTES
+    return [size, hashlib.sha256(path.read_bytes()).hexdigest() if small else None]

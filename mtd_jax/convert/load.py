@@ -1,0 +1,119 @@
+"""One door for models on disk: native checkpoints, Hugging Face directories, GGUF files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mtd_jax.convert import gguf, huggingface, native
+from mtd_jax.convert.fingerprint import fingerprint
+from mtd_jax.convert.safetensors_files import open_safetensors
+from mtd_jax.convert.tensor_source import FLOATS
+from mtd_jax.decoding.language_model import LanguageModel
+from mtd_jax.errors import InputError, nearest, unknown_name
+from mtd_jax.tokenizer import Tokenizer, has_tokenizer
+from mtd_jax.transformer.model import prepare_for_decoding
+
+
+def load(
+    path: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh | None = None
+) -> LanguageModel:
+    """A model with its tokenizer, if it has one.
+
+    Args:
+      path: a native checkpoint, a Hugging Face directory, a GGUF file, or a directory with one.
+      dtype: `float32`, `bfloat16` or `float16`; None keeps what is stored, except that 16-bit
+        weights become float32 on CPU (their products run ten times slower there in jax 0.10).
+      mesh: puts the weights on its devices; None: on the first device.
+
+    Raises:
+      InputError: nothing there that can be loaded, or it is damaged.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise unknown_name("dtype", dtype, FLOATS)
+    if dtype is None and jax.default_backend() == "cpu":
+        dtype = "float32"
+    model = load_as_stored(path, dtype=dtype, mesh=mesh)
+    if mesh is not None:
+        return model
+    return dataclasses.replace(model, params=prepare_for_decoding(model.params))
+
+
+def load_as_stored(
+    path: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh | None = None
+) -> LanguageModel:
+    """`load`, but without `dtype` weights stay as they are stored on every backend."""
+    kind, place = locate(Path(path))
+    wanted = None if dtype is None else FLOATS[dtype]
+    if kind == "native":
+        return _load_native(place, wanted, mesh)
+    if kind == "gguf":
+        return _load_gguf(place, wanted, mesh)
+    return _load_huggingface(place, wanted, mesh)
+
+
+def locate(path: Path) -> tuple[str, Path]:
+    """What lies at a path: `native`, `huggingface` or `gguf`, and its directory or file.
+
+    Raises:
+      InputError: no such path (a similar one is named), or nothing there that is known.
+    """
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"no such file or directory: {path}{nearest(path.name, siblings)}")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is no .gguf file; give the directory of other checkpoints")
+        return "gguf", path
+    if (path / "config.json").is_file():
+        return ("native" if native.is_native(path) else "huggingface"), path
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) > 1:
+        raise InputError(f"{path} holds {len(ggufs)} .gguf files: name one of them")
+    if ggufs:
+        return "gguf", ggufs[0]
+    raise InputError(f"{path} holds neither a config.json nor a .gguf file")
+
+
+def _load_native(directory: Path, dtype: np.dtype | None, mesh: Mesh | None) -> LanguageModel:
+    info = native.read_info(directory)
+    return LanguageModel(
+        params=native.read_native(directory, info, dtype, mesh),
+        tokenizer=_tokenizer(directory),
+        mesh=mesh,
+        fingerprint=info.fingerprint,
+        source=info.source,
+    )
+
+
+def _load_huggingface(directory: Path, dtype: np.dtype | None, mesh: Mesh | None) -> LanguageModel:
+    config = huggingface.read_config(directory)
+    params = huggingface.read_parameters(config, open_safetensors(directory), dtype, mesh)
+    return LanguageModel(
+        params=params,
+        tokenizer=_tokenizer(directory),
+        mesh=mesh,
+        fingerprint=fingerprint(params),
+        source=f"Hugging Face checkpoint {directory.resolve().name}",
+    )
+
+
+def _load_gguf(file: Path, dtype: np.dtype | None, mesh: Mesh | None) -> LanguageModel:
+    opened = gguf.open_gguf(file)
+    params = gguf.read_parameters(opened, dtype, mesh)
+    return LanguageModel(
+        params=params,
+        tokenizer=gguf.read_tokenizer(opened),
+        mesh=mesh,
+        fingerprint=fingerprint(params),
+        source=opened.source,
+    )
+
+
+def _tokenizer(directory: Path) -> Tokenizer | None:
+    return Tokenizer.load(directory) if has_tokenizer(directory) else None

@@ -1,0 +1,36 @@
+"""A loaded model: what `load` returns and `generate` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from mtd_jax.config import ModelConfig
+from mtd_jax.tokenizer import Tokenizer
+from mtd_jax.transformer.model import Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Parameters with what belongs to them."""
+
+    params: Parameters
+    """On the devices they will be used on; sharded where `mesh` is given."""
+    tokenizer: Tokenizer | None
+    """None for a checkpoint without one: it then takes and gives token ids."""
+    mesh: Mesh | None
+    fingerprint: str
+    """Identifies config and weights, so that heads find the base they were trained for."""
+    source: str
+    """Where the weights came from, in words."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        return self.params.config
+
+    @property
+    def batch_multiple(self) -> int:
+        """Batches are filled up to a multiple of this, so that the mesh divides them."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]

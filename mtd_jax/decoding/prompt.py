@@ -1,0 +1,58 @@
+"""Reading prompts into the cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.model import Parameters, extend
+from mtd_jax.typing import Array, Float, Int
+
+CHUNK = 512
+"""Prompt rows that pass the model at once: enough to be bound by arithmetic, few enough that the
+scores [B, N, CHUNK, S] of one layer stay small whatever the prompt's length."""
+
+_SMALLEST_BUCKET = 16
+
+
+def bucket_prompt(length: int) -> int:
+    """The padded length for prompts of `length`: a power of two up to CHUNK, then whole chunks."""
+    size = _SMALLEST_BUCKET
+    while size < min(length, CHUNK):
+        size *= 2
+    return size if length <= CHUNK else -(-length // CHUNK) * CHUNK
+
+
+def read_prompt(
+    params: Parameters, tokens: Int[Array, "B P"], lengths: Int[Array, " B"], capacity: int
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """Runs the prompts through the model, a chunk at a time.
+
+    Chunks beyond the longest prompt are not run, so a bucket costs no more than what is in it.
+
+    Returns:
+      the last layer's output at each prompt's last token, and the cache holding `lengths` tokens.
+    """
+    batch, padded = tokens.shape
+    if padded > capacity:
+        raise ValueError(f"a prompt of {padded} rows does not fit a cache of {capacity} slots")
+    size = min(padded, CHUNK)
+    cache = KVCache.empty(params.config, batch, capacity, params.embedding.dtype)
+    context = jnp.broadcast_to(lengths[:, None], (batch, size))
+
+    def read(i: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        last, cache = carry
+        start = i * size
+        chunk = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+        cache = cache.replace(length=jnp.full(batch, start, jnp.int32))
+        x, cache = extend(params, cache, chunk, context=context)
+        row = lengths - 1 - start
+        here = (row >= 0) & (row < size)
+        found = jnp.take_along_axis(x, jnp.clip(row, 0, size - 1)[:, None, None], axis=1)[:, 0]
+        return jnp.where(here[:, None], found, last), cache
+
+    last = jnp.zeros((batch, params.config.hidden_size), params.embedding.dtype)
+    chunks = (jnp.max(lengths) + size - 1) // size
+    last, cache = jax.lax.fori_loop(jnp.int32(0), chunks, read, (last, cache))
+    return last, cache.replace(length=lengths)

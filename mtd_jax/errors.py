@@ -1,0 +1,27 @@
+"""The one exception that means "the input is wrong", and the wording helpers that go with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: a flag, a file, a token id, a combination.
+
+    The command line prints the message on one line and exits with code 2; every other exception is
+    an internal failure and exits with code 1.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A " (did you mean 'x'?)" for an unknown `name`, or nothing if no known name is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for an unknown `name` among `known` ones: names the nearest, or lists them all."""
+    known = sorted(known)
+    hint = nearest(name, known) or f"; known: {', '.join(known) or 'none'}"
+    return InputError(f"unknown {what} '{name}'{hint}")

@@ -1,0 +1,1 @@
+"""Measurements: speed against the hardware's limits."""

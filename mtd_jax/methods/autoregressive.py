@@ -1,0 +1,55 @@
+"""One token a step, from the base model alone: what every other method is measured against."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import struct
+
+from mtd_jax.decoding.method import DecodeState, Requests, first_state
+from mtd_jax.decoding.prompt import read_prompt
+from mtd_jax.decoding.sampling import sample
+from mtd_jax.transformer.model import Parameters, extend, unembed
+from mtd_jax.typing import Array, Int
+
+
+class Autoregressive(struct.PyTreeNode):
+    """Plain decoding; no weights of its own and no options."""
+
+    name: ClassVar[str] = "ar"
+
+    @property
+    def max_emit(self) -> int:
+        """One token a step."""
+        return 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """One cache slot a step."""
+        return 1
+
+    def prefill(
+        self,
+        params: Parameters,
+        tokens: Int[Array, "B P"],
+        lengths: Int[Array, " B"],
+        requests: Requests,
+        capacity: int,
+    ) -> DecodeState:
+        """Reads the prompts and draws the first token of each."""
+        last, cache = read_prompt(params, tokens, lengths, capacity)
+        token = sample(unembed(params, last), requests.sampling, lengths)
+        return first_state(cache, token, requests, self.max_emit)
+
+    def step(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Runs the pending token of every row and draws the next one."""
+        x, cache = extend(params, state.cache, state.pending[:, None], active=state.active)
+        length = cache.length + state.active.astype(jnp.int32)
+        token = sample(unembed(params, x[:, 0]), state.requests.sampling, length)
+        return state.replace(
+            cache=cache.replace(length=length),
+            pending=jnp.where(state.active, token, state.pending),
+            emitted=token[:, None],
+            emitted_count=state.active.astype(jnp.int32),
+        )

@@ -1,0 +1,261 @@
+"""Text to token ids and back, whole or as a stream.
+
+A thin wrapper around a tokenizer of transformers, read from a local directory only. transformers is
+imported when the first tokenizer is loaded: it takes 0.3 to 0.5 s (2 s where torch is installed,
+which it then imports).
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtd_jax.errors import InputError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a directory may hold of a tokenizer; conversions copy these."""
+
+# Tokens that together may still be one character; more than that are broken text.
+_LONGEST_CHARACTER = 16
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class Tokenizer:
+    """The tokenizer of one model."""
+
+    def __init__(self, inner: Any) -> None:
+        """Wraps a `transformers` tokenizer that has a `tokenizers` backend."""
+        self._inner = inner
+        self._backend = inner.backend_tokenizer
+        self.pieces = TokenPieces(self._backend)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer in a directory; code that may lie in there is never run.
+
+        Raises:
+          InputError: there is none, or its files cannot be understood.
+        """
+        directory = Path(directory)
+        if not has_tokenizer(directory):
+            raise InputError(f"{directory} holds no tokenizer")
+        # Without torch, transformers advises to install it; and its progress notes are not ours.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import AutoTokenizer
+
+        try:
+            inner = AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
+            return cls(inner)
+        except Exception as error:  # its loaders raise almost every type on a malformed file
+            raise InputError(f"cannot read the tokenizer in {directory}: {_line(error)}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The token that ends a text, if there is one."""
+        eos = self._inner.eos_token_id
+        return () if eos is None else (int(eos),)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used."""
+        return bool(self._inner.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with the special tokens that the tokenizer itself puts around it."""
+        if not isinstance(text, str):
+            raise InputError(f"a prompt must be text, got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError("a prompt holds half a surrogate pair, which is no text") from None
+        return [int(i) for i in self._inner.encode(text)]
+
+    def chat(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]:
+        """The ids of a conversation in the model's chat format.
+
+        Args:
+          messages: a list of objects with `role` and `content`, both text, oldest first; comes from
+            JSON files and requests, so everything about it is checked.
+          add_generation_prompt: end with what opens the assistant's answer.
+
+        Raises:
+          InputError: no chat template, malformed messages, or the template refuses them.
+        """
+        if not self.has_chat_template:
+            raise InputError("the tokenizer has no chat template: give plain text instead")
+        text = self._render(_check_messages(messages), add_generation_prompt)
+        return [int(i) for i in self._inner.encode(text, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; an id without a token is nothing."""
+        return str(
+            self._inner.decode(
+                [int(i) for i in ids],
+                skip_special_tokens=skip_special_tokens,
+                # It would drop the space before a full stop that the model wrote.
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the files that `load` reads."""
+        self._inner.save_pretrained(str(directory))
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self._inner.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"the chat template refuses these messages: {_line(error)}") from error
+        return str(rendered)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether `Tokenizer.load` finds something to load."""
+    return any((directory / name).is_file() for name in _VOCABULARIES)
+
+
+class TextStream:
+    """Turns ids that arrive a few at a time into text.
+
+    What all calls of `push` and a last `flush` return is, put together, `decode` of all ids. Text
+    is released as soon as later ids cannot change it: half a multi-byte character is held back,
+    never shown as a replacement character. Each token costs the same, however long the text is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._pieces = tokenizer.pieces
+        # Byte-level tokenizers: each token is some bytes, whatever stands around it.
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # All others: a window of ids. The first `_shown` of them have been released; they stay,
+        # because what a token gives (a leading space, say) depends on whether one precedes it.
+        self._window: list[int] = []
+        self._shown = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that these ids complete, possibly none."""
+        if self._pieces.is_byte_level:
+            data = b"".join(self._pieces.to_bytes(int(i), self._skip) for i in ids)
+            return self._bytes.decode(data)
+        out = ""
+        for i in ids:
+            if self._skip and self._pieces.is_special(int(i)):
+                continue
+            self._window.append(int(i))
+            if not self._pieces.is_byte(int(i)):
+                out += self._release(final=False)
+        return out
+
+    def flush(self) -> str:
+        """The rest, when no more ids follow; the stream is then as new."""
+        if self._pieces.is_byte_level:
+            text = self._bytes.decode(b"", final=True)
+            self._bytes.reset()
+            return text
+        text = self._release(final=True)
+        self._window, self._shown = [], 0
+        return text
+
+    def _release(self, *, final: bool) -> str:
+        # A run of byte tokens is decoded as a whole (one bad byte makes all of them replacement
+        # characters), so nothing of it is settled before another token follows.
+        before = self._decode(self._window[: self._shown])
+        after = self._decode(self._window)
+        if not final:
+            waiting = len(self._window) - self._shown
+            half_character = after.endswith("\ufffd") and waiting < _LONGEST_CHARACTER
+            if half_character or len(after) == len(before) or not after.startswith(before):
+                return ""
+        # The next token's context is what was just released, never less than some text: decoders
+        # treat the first token with text differently.
+        self._window = self._window[self._shown :]
+        self._shown = len(self._window)
+        return after[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""
+
+
+class TokenPieces:
+    """What single tokens are, for `TextStream`."""
+
+    def __init__(self, backend: Any) -> None:
+        from tokenizers import decoders
+
+        self._backend = backend
+        self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        added = backend.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self._byte_of = _byte_alphabet()
+
+    def is_special(self, token: int) -> bool:
+        """Whether `skip_special_tokens` leaves it out."""
+        return token in self._special
+
+    def to_bytes(self, token: int, skip_special: bool) -> bytes:
+        """What a token of a byte-level vocabulary contributes to the text."""
+        if skip_special and token in self._special:
+            return b""
+        piece = self._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        try:
+            return bytes(self._byte_of[c] for c in piece)
+        except KeyError:  # an added token, spelled as it is
+            return bytes(piece, "utf-8")
+
+    def is_byte(self, token: int) -> bool:
+        """Whether it is a single byte of a byte-fallback vocabulary, `<0x0A>`."""
+        piece = self._backend.id_to_token(token)
+        return piece is not None and re.fullmatch(r"<0x[0-9A-F]{2}>", piece) is not None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes for bytes (GPT-2's encoder.py)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
+
+
+def _check_messages(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InputError("messages must be a list of objects with 'role' and 'content'")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f"message {number} must be an object with 'role' and 'content'")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise InputError(f"message {number} needs '{key}' as text")
+    return [dict(message) for message in messages]
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's text, shortened."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

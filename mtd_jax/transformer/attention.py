@@ -1,0 +1,46 @@
+"""Grouped-query attention over keys that lie in a cache or in the sequence itself."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mtd_jax.transformer.linear import precision_of
+from mtd_jax.typing import Array, Bool, Float
+
+# Large enough that exp() of it is zero after the row maximum is subtracted, and finite, so that a
+# row which sees nothing (an unused cache row) gives numbers and no NaN.
+_HIDDEN = -1e30
+
+
+def attend(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "B T S"],
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "B T K G H"]:
+    """softmax(q k^T / sqrt(H)) v with G query heads to a key head; scores in float32.
+
+    The G query heads of one key head are rows of one matrix product, so keys and values are read
+    once and never repeated. Both products are plain [rows, H] @ [H, S] and [rows, S] @ [S, H] with
+    keys and values as they lie in the cache: any other order makes XLA transpose the cache.
+    """
+    batch, rows, kv_heads, group, width = q.shape
+    precision = precision_of(q)
+    q = q.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, rows * group, width)
+    scores = jnp.einsum(
+        "BKRH,BKHS->BKRS", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = scores * jnp.float32(1 / math.sqrt(width))
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = scores.reshape(batch, kv_heads, rows, group, -1)
+    scores = jnp.where(mask[:, None, :, None, :], scores, jnp.float32(_HIDDEN))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = weights.reshape(batch, kv_heads, rows * group, -1)
+    out = jnp.einsum("BKRS,BKSH->BKRH", weights, v, precision=precision)
+    return out.reshape(batch, kv_heads, rows, group, width).transpose(0, 2, 1, 3, 4)

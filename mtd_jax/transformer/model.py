@@ -1,0 +1,138 @@
+"""The whole decoder: parameters, embedding and output head, and its two uses.
+
+`forward` is the plain causal pass over whole sequences; `extend` runs a few more rows against a
+cache. Both are pure functions of `Parameters`, which carries its `ModelConfig` as static data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.nn import initializers
+
+from mtd_jax.backend import unrolls_layers
+from mtd_jax.config import ModelConfig
+from mtd_jax.parameters import Weight
+from mtd_jax.sharding import constrain
+from mtd_jax.transformer import block, masks
+from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.linear import precision_of, rms_norm
+from mtd_jax.transformer.stack import Blocks, decode_range, rows_at, train_stack
+from mtd_jax.typing import Array, Float, Int
+
+
+class Parameters(struct.PyTreeNode):
+    """All weights of one decoder."""
+
+    embedding: Any
+    """[V, D]"""
+    blocks: Blocks
+    """The layers, stacked along L, or unrolled into one tree a layer."""
+    final_norm: Any
+    """[D]"""
+    head: Any
+    """[D, V]; None where it is read from the embedding (`config.tie_embeddings`)."""
+    config: ModelConfig = struct.field(pytree_node=False)
+
+
+def declare(config: ModelConfig) -> Parameters:
+    """Every weight of the model, once (`parameters.Weight` leaves)."""
+    vocab, width = config.vocab_size, config.hidden_size
+    normal = initializers.normal(0.02)
+    return Parameters(
+        embedding=Weight((vocab, width), ("vocab", "embed"), normal),
+        blocks=block.declare(config),
+        final_norm=Weight((width,), (None,), initializers.ones),
+        head=None if config.tie_embeddings else Weight((width, vocab), ("embed", "vocab"), normal),
+        config=config,
+    )
+
+
+def prepare_for_decoding(params: Parameters) -> Parameters:
+    """The layout that decodes fastest on this backend; `params` must not be used afterwards.
+
+    On CPU: one buffer a layer, and a tied head as a [D, V] copy, because products of several rows
+    with the [V, D] embedding are four times slower (docs/performance.md). Elsewhere: unchanged.
+    """
+    if not unrolls_layers() or isinstance(params.blocks, tuple):
+        return params
+    head = jnp.copy(params.embedding.T) if params.head is None else params.head
+    return params.replace(blocks=block.unstack(params.blocks), head=head)
+
+
+def embed(params: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the embedding; ids must be in 0..V-1 (checked where they enter the program)."""
+    # In two steps, because one mesh axis splits both the table's width and the batch: the rows are
+    # looked up where their columns live, then exchanged. Asked for at once, XLA gathers the table.
+    x = params.embedding[constrain(tokens, "replica", None)]
+    return constrain(constrain(x, "replica", None, "embed"), "batch", None, None)
+
+
+def unembed(params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """Final norm and output head: float32 logits of any rows."""
+    x = rms_norm(x, params.final_norm, params.config.norm_eps)
+    if params.head is None:
+        equation, head = "...D,VD->...V", params.embedding
+    else:
+        equation, head = "...D,DV->...V", params.head
+    logits = jnp.einsum(
+        equation, x, head, precision=precision_of(x), preferred_element_type=jnp.float32
+    )
+    cap = params.config.final_logit_softcap
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    return logits
+
+
+def forward(params: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Logits of a plain causal pass over whole sequences, float32.
+
+    Position t depends on tokens 0..t only, so rows padded behind their text are correct on it (with
+    dynamic-NTK rotary embedding the padded length counts as the text's).
+    """
+    config = params.config
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    context = jnp.full((batch, length), length, jnp.int32)
+    mask = masks.causal(positions, positions)
+    rows = rows_at(config, positions, positions, mask, context)
+    x, _ = train_stack(config, params.blocks, embed(params, tokens), rows=rows)
+    return unembed(params, x)
+
+
+def extend(
+    params: Parameters,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    *,
+    context: Int[Array, "B T"] | None = None,
+    active: jax.Array | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Runs the next T tokens of every row through all layers, against what the cache holds.
+
+    Token t of row b stands at position `cache.length[b] + t`. The rows are stored in the cache but
+    `cache.length` is not moved.
+
+    Args:
+      context: length of the text each row is computed in (`rope.rotary`); the default is its own
+        position + 1, as when tokens are decoded one at a time.
+      active: [B] bool; rows that are not active write nothing.
+    """
+    config = params.config
+    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = cache.length[:, None] + steps[None, :]
+    slots = positions
+    if active is not None:
+        slots = jnp.where(active[:, None], positions, cache.capacity)
+    keys = jnp.broadcast_to(
+        jnp.arange(cache.capacity, dtype=jnp.int32), (tokens.shape[0], cache.capacity)
+    )
+    mask = masks.causal(positions, keys)
+    rows = rows_at(config, positions, keys, mask, positions + 1 if context is None else context)
+    x = embed(params, tokens)
+    return decode_range(
+        config, params.blocks, cache, x, 0, config.num_layers, rows=rows, slots=slots
+    )

@@ -1,0 +1,160 @@
+"""The two executors: every walk over the layers, decoding or training, is one of them.
+
+`decode_range` runs any range of layers on a few rows, keys and values in a cache; `train_stack`
+runs all layers on whole sequences, without a cache. Both take the layers stacked (one compiled
+body, the layer's weights picked by index: GPU, TPU, training) or as one tree a layer (unrolled:
+CPU decoding, see `block.unstack`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mtd_jax.config import ModelConfig
+from mtd_jax.transformer.attention import attend
+from mtd_jax.transformer.block import Block, apply_block
+from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.rope import rotary
+from mtd_jax.typing import Array, Bool, Float, Int, Leaf
+
+Blocks: TypeAlias = Block | tuple[Block, ...]
+Inject: TypeAlias = Callable[[Int[Array, ""], Float[Array, "B T D"]], Float[Array, "B T D"]]
+
+
+class Rows(struct.PyTreeNode):
+    """What the layers must know of the rows they run on, the same for every layer."""
+
+    angles: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+    """Cosines and sines of the rows' positions."""
+    mask: Leaf
+    """[B, T, S] bool: which keys a row sees where no sliding window applies."""
+    distance: Leaf | None
+    """[B, T, S] int32: row position minus key position; None where no layer has a window."""
+
+
+def rows_at(
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+    mask: Bool[Array, "B T S"],
+    context: Int[Array, "B T"],
+) -> Rows:
+    """`Rows` at `positions` that see the keys of `mask`; `context` as in `rope.rotary`."""
+    distance = None
+    if config.sliding_windows is not None:
+        distance = positions[:, :, None] - key_positions[:, None, :]
+    return Rows(angles=rotary(config, positions, context), mask=mask, distance=distance)
+
+
+def decode_range(
+    config: ModelConfig,
+    blocks: Blocks,
+    cache: KVCache,
+    x: Float[Array, "B T D"],
+    start: int,
+    stop: int,
+    *,
+    rows: Rows,
+    slots: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Runs layers start..stop-1 on rows `x`, storing their keys and values at `slots`.
+
+    `cache.length` is left alone: what is committed is the caller's decision. A slot at or beyond
+    the cache's capacity is not written.
+    """
+
+    def body(
+        layer: jax.Array, block: Block, carry: tuple[jax.Array, KVCache]
+    ) -> tuple[jax.Array, KVCache]:
+        x, cache = carry
+
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
+            written = cache.write(layer, k, v, slots)
+            keys, values = written.layer(layer)
+            mask = _visible(config, rows, layer)
+            heads = attend(q, keys, values, mask, softcap=config.attention_logit_softcap)
+            return heads, written
+
+        return apply_block(config, block, x, rows.angles, attention)
+
+    if isinstance(blocks, tuple):
+        carry = (x, cache)
+        for layer in range(start, stop):
+            carry = body(jnp.int32(layer), blocks[layer], carry)
+        return carry
+
+    def step(
+        carry: tuple[jax.Array, KVCache], layer: jax.Array
+    ) -> tuple[tuple[jax.Array, KVCache], None]:
+        # Picking by index leaves the stack where it is; scanning over blocks[start:stop] would
+        # copy the range first.
+        block = jax.tree.map(
+            lambda w: jax.lax.dynamic_index_in_dim(w, layer, axis=0, keepdims=False), blocks
+        )
+        return body(layer, block, carry), None
+
+    return jax.lax.scan(step, (x, cache), jnp.arange(start, stop, dtype=jnp.int32))[0]
+
+
+def train_stack(
+    config: ModelConfig,
+    blocks: Blocks,
+    x: Float[Array, "B T D"],
+    *,
+    rows: Rows,
+    taps: tuple[int, ...] = (),
+    inject: Inject | None = None,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T D"], Float[Array, "taps B T D"]]:
+    """Runs all layers on whole sequences in one scan.
+
+    Args:
+      taps: layers whose input is returned beside the output, [len(taps), B, T, D].
+      inject: `(layer, x) -> x`, applied to the input of every layer; it must decide by
+        `jnp.where(layer == b, ...)`, because the layer is traced.
+      remat: recompute each layer in the backward pass instead of storing its insides.
+    """
+    tap_layers = jnp.asarray(taps, jnp.int32).reshape(len(taps), 1, 1, 1)
+
+    def body(
+        carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, Block]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        (x, tapped), (layer, block) = carry, scanned
+        if inject is not None:
+            x = inject(layer, x)
+        if taps:
+            tapped = jnp.where(tap_layers == layer, x[None], tapped)
+
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            mask = _visible(config, rows, layer)
+            keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+            return attend(q, keys, values, mask, softcap=config.attention_logit_softcap), None
+
+        x, _ = apply_block(config, block, x, rows.angles, attention)
+        return (x, tapped), None
+
+    step = jax.checkpoint(body) if remat else body
+    carry = (x, jnp.zeros((len(taps), *x.shape), x.dtype))
+    if isinstance(blocks, tuple):
+        for layer, block in enumerate(blocks):
+            carry, _ = step(carry, (jnp.int32(layer), block))
+        return carry
+    # Scanned as xs, not by index: the backward pass then stacks each layer's gradient once instead
+    # of adding it into a whole-stack buffer (312 ms against 965 ms, docs/architecture.md).
+    layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+    return jax.lax.scan(step, carry, (layers, blocks))[0]
+
+
+def _visible(config: ModelConfig, rows: Rows, layer: jax.Array) -> jax.Array:
+    if config.sliding_windows is None:
+        return rows.mask
+    everything = 2**30
+    sizes = [everything if w is None else w for w in config.sliding_windows]
+    window = jnp.asarray(sizes, jnp.int32)[layer]
+    assert rows.distance is not None  # rows_at makes it wherever a config has windows
+    return rows.mask & (rows.distance < window)

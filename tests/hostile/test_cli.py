@@ -1,0 +1,142 @@
+"""Bad input: one line on stderr, exit code 2, nothing on stdout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mtd_jax.cli.main import main
+from tests.support.checkpoints import hf_config, write_hf
+from tests.support.tokenizers import byte_level
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = write_hf(tmp_path_factory.mktemp("model"), hf_config(vocab_size=400))
+    byte_level().save(path)
+    return str(path)
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mtd: error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "COMMAND"),
+        (["genrate"], "did you mean 'generate'"),
+        (["generate", "--modle", "x"], "--model"),
+        (["generate", "--model", "{model}"], "one of --prompt and --prompts"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--strem"], "did you mean '--stream'"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--prompts", "b"], "one of"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--stream", "--json"], "one of"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--method", "arr"], "method 'arr'"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--option", "k=1"], "option"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--option", "k"], "KEY=VALUE"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--heads", "{model}"], "no heads"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--heads", "none"], "no heads at"),
+        (["generate", "--model", "no/such/dir", "--prompt", "a"], "no model at no/such/dir"),
+        (["generate", "--model", "{model}", "--prompts", "no.jsonl"], "no prompts file"),
+        (["generate", "--model", "{model}", "--prompt", "", "--no-chat"], "empty"),
+        (["generate", "--model", "{model}", "--prompt", "a " * 600, "--no-chat"], "context"),
+        (
+            ["generate", "--model", "{model}", "--prompt", "a", "--max-new-tokens", "0"],
+            "at least 1",
+        ),
+        (["generate", "--model", "{model}", "--prompt", "a", "--max-new-tokens", "-1"], "at least"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--max-new-tokens", "x"], "x"),
+        (
+            ["generate", "--model", "{model}", "--prompt", "a", "--temperature", "nan"],
+            "temperature",
+        ),
+        (["generate", "--model", "{model}", "--prompt", "a", "--temperature", "-1"], "temperature"),
+        (
+            ["generate", "--model", "{model}", "--prompt", "a", "--temperature", "inf"],
+            "temperature",
+        ),
+        (["generate", "--model", "{model}", "--prompt", "a", "--top-p", "0"], "top_p"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--top-k", "-1"], "top_k"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--min-p", "2"], "min_p"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--seed", "-1"], "seed"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--stop", ""], "stop string"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--batch-size", "0"], "batch"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--mesh", "tensr=2"], "'tensor'"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--mesh", "tensor=0"], "positive"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--mesh", "tensor=64"], "64 devices"),
+        (["generate", "--model", "{model}", "--prompt", "a", "--dtype", "int8"], "int8"),
+        (["bench", "--model", "{model}", "--prompts", "no.jsonl"], "no prompts file"),
+        (["bench", "--model", "{model}", "--prompts", "no.jsonl", "--repeats", "0"], "repeats"),
+        (["bench", "--model", "{model}", "--prompts", "x", "--methods", "ar,xx"], "method 'xx'"),
+        (["bench", "--model", "{model}", "--prompts", "x", "--batch-sizes", "0"], "batch-sizes"),
+        (["chat", "--model", "no/such"], "no model at"),
+        (["inspect", "no/such"], "no/such"),
+        (["convert", "from-hf", "no/such", "out"], "no/such"),
+        (["convert", "sideways"], "from-hf"),
+        (["fetch", "smollm3", "--out", "out"], "smollm2-135m-instruct"),
+    ],
+    ids=lambda value: " ".join(value)[:70] if isinstance(value, list) else None,
+)
+def test_refused_in_one_line(
+    argv: list[str],
+    said: str,
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in _refused(capsys, *[a.replace("{model}", model) for a in argv])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a"', "line 2"),
+        ("[1, 2]", "line 2: not a JSON object"),
+        ('{"promt": "a"}', "did you mean 'prompt'"),
+        ('{"prompt": 5}', "'prompt' must be text"),
+        ('{"messages": "hi"}', "'messages' must be a list"),
+        ('{"messages": [{"role": "user"}]}', "content"),
+        ('{"messages": [{"role": "bad", "content": "x"}]}', "no such role"),
+        ('{"prompt": "a", "token_ids": [1]}', "one of"),
+        ('{"token_ids": [400]}', "outside 0..399"),
+        ('{"token_ids": [-1]}', "outside 0..399"),
+        ('{"token_ids": [1.5]}', "not a whole number"),
+        ('{"token_ids": []}', "empty"),
+        ('{"prompt": "a", "max_new_tokens": 0}', "at least 1"),
+        ('{"prompt": "a", "max_new_tokens": "many"}', "not a whole number"),
+        ("[" * 100_000, "line 2"),
+        ("\udcff", "utf-8"),
+    ],
+)
+def test_bad_lines_in_a_prompts_file(
+    line: str, said: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    first = json.dumps({"prompt": "fine", "max_new_tokens": 1})
+    path.write_bytes(f"{first}\n{line}\n".encode("utf-8", "surrogateescape"))
+    assert said in _refused(capsys, "generate", "--model", model, "--prompts", str(path))
+
+
+def test_empty_prompts_file(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n\n")
+    assert "no prompt" in _refused(capsys, "generate", "--model", model, "--prompts", str(path))
+
+
+def test_results_that_cannot_be_written(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"token_ids": [1], "max_new_tokens": 2}\n')
+    argv = ["bench", "--model", model, "--prompts", str(prompts), "--repeats", "1"]
+    assert "cannot write" in _refused(capsys, *argv, "--out", str(tmp_path / "no" / "x.json"))

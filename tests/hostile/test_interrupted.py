@@ -1,0 +1,103 @@
+"""A conversion that is killed or finds the disk full leaves nothing under the name it was given."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mtd_jax.convert.conversions import to_native
+from mtd_jax.convert.load import load_as_stored
+from mtd_jax.errors import InputError
+from tests.support.checkpoints import hf_config, hf_shapes, write_hf
+from tests.support.command_line import environment
+
+MTD = [sys.executable, "-c", "import sys; from mtd_jax.cli.main import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 100 MB, so that there is time to be killed in."""
+    config = hf_config(hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.standard_normal(s, np.float32) for n, s in hf_shapes(config).items()}
+    return write_hf(tmp_path_factory.mktemp("large") / "source", config, tensors)
+
+
+def start(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*MTD, *map(str, words)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.15])
+def test_killed_in_the_middle(tmp_path: Path, large: Path, direction: str, delay: float) -> None:
+    out = tmp_path / "out"
+    process = start("convert", direction, large, out)
+    while process.poll() is None and not any(tmp_path.iterdir()):
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if process.returncode == 0:
+        pytest.skip("it was done before it could be killed")
+    # Either not there, or, if it was killed after the renaming, whole.
+    if out.exists():
+        load_as_stored(out)
+    else:
+        assert [p.name.startswith(".out.part-") for p in tmp_path.iterdir()] == [True]
+    again = start("convert", direction, large, out, "--force")
+    assert again.wait(timeout=120) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    load_as_stored(out)
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_a_failed_write_is_one_line(tmp_path: Path, large: Path, direction: str) -> None:
+    """The limit on file sizes stands for a full disk: writes fail in the middle."""
+    process = start("convert", direction, large, tmp_path / "out", preexec_fn=limit_file_size)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert err.count("\n") == 1, err
+    assert "cannot write" in err
+    assert "File too large" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_noticed_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    source = write_hf(tmp_path / "source")
+    with pytest.raises(InputError, match=r"cannot write .*MB are needed there"):
+        to_native(source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_rights(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "source")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    with pytest.raises(InputError, match="Permission denied"):
+        to_native(source, locked / "out")

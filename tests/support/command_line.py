@@ -1,0 +1,62 @@
+"""Many `mtd` commands in one fresh process, without the type checks that tests switch on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_RUNNER = """
+import contextlib, io, json, sys
+from mtd_jax.cli.main import main
+for argv in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(argv)
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+ROOT = Path(__file__).parents[2]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def environment() -> dict[str, str]:
+    """One device, no network."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": path.rstrip(os.pathsep)}
+
+
+def run_commands(commands: Sequence[Sequence[str | Path]], timeout: float = 300) -> list[Outcome]:
+    done = subprocess.run(
+        [sys.executable, "-c", _RUNNER],
+        input=json.dumps([[str(word) for word in command] for command in commands]),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        check=False,
+    )
+    outcomes = [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
+    assert len(outcomes) == len(commands), done.stderr[-3000:]
+    return outcomes
+
+
+def assert_refused(outcome: Outcome) -> str:
+    """Exit code 2 and one line on stderr, which is returned."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("mtd: error: ")
+    return lines[0]
