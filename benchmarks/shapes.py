@@ -1,0 +1,81 @@
+"""Decoding speed of a model's shape with random weights, against the memory bandwidth.
+
+    python benchmarks/shapes.py configs/models/qwen3-4b.toml --dtype bfloat16 --out results.json
+
+Speed does not depend on what the weights say, so a shape is enough to measure a machine. Runs from
+the source tree, on CPU, GPU or TPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from mtd_jax import methods, parameters
+from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.language_model import LanguageModel
+from mtd_jax.evaluation import environment
+from mtd_jax.evaluation.bench import bench, to_json
+from mtd_jax.transformer import model
+
+
+def random_model(config: ModelConfig, dtype: str, name: str) -> LanguageModel:
+    """Weights made on the device, in the layout that decodes there."""
+    make = functools.partial(parameters.initialize, model.declare(config), dtype=jnp.dtype(dtype))
+    params = jax.jit(make)(jax.random.key(0))
+    return LanguageModel(
+        params=model.prepare_for_decoding(params),
+        tokenizer=None,
+        mesh=None,
+        fingerprint="random",
+        source=f"random weights, shape {name}",
+    )
+
+
+def main() -> None:
+    """Measures and prints one shape."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--batch-sizes", default="1")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    config = ModelConfig.from_dict(tomllib.loads(args.config.read_text(encoding="utf-8")))
+    loaded = random_model(config, args.dtype, args.config.stem)
+    sizes = [int(size) for size in args.batch_sizes.split(",")]
+    result = bench(
+        loaded,
+        [methods.autoregressive()],
+        [[7] * args.prompt_tokens] * max(sizes),
+        batch_sizes=sizes,
+        max_new_tokens=args.new_tokens,
+        ignore_eos=True,
+        repeats=args.repeats,
+    )
+    report = {
+        "hardware": environment.hardware(),
+        "versions": environment.versions(),
+        "command": "python " + " ".join(sys.argv),
+        "shape": args.config.stem,
+        "dtype": args.dtype,
+        "parameters": parameters.count(model.declare(config)),
+        "prompt_tokens": args.prompt_tokens,
+        **to_json(result),
+    }
+    print(json.dumps(report, indent=2))
+    if args.out is not None:
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
