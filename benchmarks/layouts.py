@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +109,7 @@ def main() -> None:
     report = {
         "hardware": environment.hardware(),
         "versions": environment.versions(),
-        "command": "python " + " ".join(sys.argv),
+        **environment.provenance(),
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "weight_bytes": 4 * LAYERS * sum(a * b for a, b in MATRICES),
         "rows": rows,

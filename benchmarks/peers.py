@@ -108,7 +108,7 @@ def main() -> None:
     report |= {
         "hardware": environment.hardware(),
         "versions": environment.versions(),
-        "command": "python " + " ".join(sys.argv),
+        **environment.provenance(),
         "dtype": args.dtype,
         "skipped": skipped,
     }

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 import tomllib
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def main() -> None:
     report = {
         "hardware": environment.hardware(),
         "versions": environment.versions(),
-        "command": "python " + " ".join(sys.argv),
+        **environment.provenance(),
         "shape": args.config.stem,
         "dtype": args.dtype,
         "parameters": parameters.count(model.declare(config)),

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "hardware": environment.hardware(),
         "versions": environment.versions(),
+        **environment.provenance(),
         "model": {"path": args.model, "source": model.source, "fingerprint": model.fingerprint},
         "dtype": str(model.params.embedding.dtype),
         "prompts": len(prompts),

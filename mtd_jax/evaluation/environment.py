@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,23 @@ def hardware() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
     }
+
+
+def provenance() -> dict[str, str | None]:
+    """The command line, and the commit of the source tree if it is one (`+` for changes in it)."""
+    root = Path(__file__).parents[2]
+    commit = None
+    if (root / ".git").exists():
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        commit = described.stdout.strip() or None
+    program = Path(sys.argv[0])
+    script = program.name if program.suffix != ".py" else f"python {program}"
+    return {"command": shlex.join([*script.split(" ", 1), *sys.argv[1:]]), "commit": commit}
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.nn import initializers
 
@@ -150,16 +150,19 @@ def mlp(block: Block, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def unstack(blocks: Block) -> tuple[Block, ...]:
-    """One tree a layer, each with buffers of its own; `blocks` is deleted.
+    """One tree a layer, each with buffers of its own.
 
     XLA for CPU copies a layer out of a stack before it multiplies with it (and all of them, if the
-    index is a constant); separate buffers are read where they lie. A weight's stack is freed as
-    soon as it is split, so the peak is the model and its largest stacked weight.
+    index is a constant); separate buffers are read where they lie. On one CPU device nothing is
+    copied: the layers are views into the stack's memory.
     """
     leaves, structure = jax.tree.flatten(blocks)
-    split = []
-    for leaf in leaves:
-        split.append([jnp.copy(leaf[i]) for i in range(leaf.shape[0])])
-        jax.block_until_ready(split[-1])
-        leaf.delete()
+    split = [_split(leaf) for leaf in leaves]
     return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*split, strict=True))
+
+
+def _split(stack: jax.Array) -> list[jax.Array]:
+    device, *others = stack.devices()
+    if others or device.platform != "cpu":
+        return list(stack)
+    return [jax.device_put(view, stack.sharding, may_alias=True) for view in np.asarray(stack)]

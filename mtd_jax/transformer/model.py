@@ -6,6 +6,7 @@ cache. Both are pure functions of `Parameters`, which carries its `ModelConfig` 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -52,14 +53,14 @@ def declare(config: ModelConfig) -> Parameters:
 
 
 def prepare_for_decoding(params: Parameters) -> Parameters:
-    """The layout that decodes fastest on this backend; `params` must not be used afterwards.
+    """The layout that decodes fastest on this backend.
 
     On CPU: one buffer a layer, and a tied head as a [D, V] copy, because products of several rows
     with the [V, D] embedding are four times slower (docs/performance.md). Elsewhere: unchanged.
     """
     if not unrolls_layers() or isinstance(params.blocks, tuple):
         return params
-    head = jnp.copy(params.embedding.T) if params.head is None else params.head
+    head = params.embedding.T if params.head is None else params.head
     return params.replace(blocks=block.unstack(params.blocks), head=head)
 
 
@@ -74,6 +75,11 @@ def embed(params: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"
 def unembed(params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
     """Final norm and output head: float32 logits of any rows."""
     x = rms_norm(x, params.final_norm, params.config.norm_eps)
+    inner = (None,) * (x.ndim - 2)
+    if math.prod(x.shape[:-1]) < x.shape[-1]:
+        # Few rows: the rows go to where the head's columns of the width live, and partial logits
+        # are added up. Many rows: the head is gathered, which then moves less.
+        x = constrain(x, "replica", *inner, "embed")
     if params.head is None:
         equation, head = "...D,VD->...V", params.embedding
     else:
@@ -81,6 +87,7 @@ def unembed(params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*ro
     logits = jnp.einsum(
         equation, x, head, precision=precision_of(x), preferred_element_type=jnp.float32
     )
+    logits = constrain(logits, "batch", *inner, "vocab")
     cap = params.config.final_logit_softcap
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -151,6 +152,6 @@ def test_sampled_tokens_do_not_depend_on_the_batch() -> None:
         ([{}], {}, "one of"),
     ],
 )
-def test_bad_requests_are_refused(prompt: object, options: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_bad_requests_are_refused(prompt: Any, options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         generate(_model(), AR, prompt, **options)
