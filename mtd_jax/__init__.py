@@ -22,6 +22,8 @@ from mtd_jax.decoding.score import logits
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.model import forward
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Chunk",
     "Completion",

@@ -6,8 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 
+from mtd_jax import __version__
 from mtd_jax.cli import bench, chat, convert, fetch, generate, inspect
 from mtd_jax.cli.arguments import Parser
 from mtd_jax.errors import InputError
@@ -24,8 +24,7 @@ First steps:
 def make_parser() -> Parser:
     """The whole command line."""
     parser = Parser(prog="mtd", description=_DESCRIPTION)
-    version = f"mtd-jax {metadata.version('mtd-jax')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"mtd-jax {__version__}")
     commands = parser.add_subparsers(
         title="commands", dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )

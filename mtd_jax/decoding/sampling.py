@@ -133,7 +133,9 @@ def _argmax(x: jax.Array) -> jax.Array:
 def _filtered(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """Logits over temperature, -inf where a filter removes the token."""
     temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
-    scaled = logits.astype(jnp.float32) / temperature[:, None]
+    # Relative to the greatest, so that dividing by a tiny temperature cannot overflow.
+    logits = logits.astype(jnp.float32) - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = logits / temperature[:, None]
     needs_order = jnp.any((rows.top_k > 0) | (rows.top_p < 1.0))
     scaled = jax.lax.cond(needs_order, _keep_most_likely, lambda x, _: x, scaled, rows)
     # min-p asks for p >= min_p * p_max, which needs no normalisation: the sums cancel.

@@ -74,9 +74,9 @@ class KVCache(struct.PyTreeNode):
 def bucket(needed: int, limit: int) -> int:
     """The capacity to use for `needed` slots: a power of two, so that few programs are compiled.
 
-    Never above `limit` rounded up to a multiple of the smallest bucket.
+    No more than `limit` asks for (or `needed`, should that be over it), in whole smallest buckets.
     """
     capacity = _MIN_CAPACITY
     while capacity < needed:
         capacity *= 2
-    return min(capacity, -(-limit // _MIN_CAPACITY) * _MIN_CAPACITY)
+    return min(capacity, -(-max(limit, needed) // _MIN_CAPACITY) * _MIN_CAPACITY)

@@ -100,6 +100,18 @@ def test_cache_grows_and_ends_at_the_context() -> None:
     assert text[len(prompt) :] == expected[len(prompt) - 1 :].tolist()
 
 
+@pytest.mark.parametrize("length", [290, 299])
+def test_prompts_that_nearly_fill_an_odd_context(length: int) -> None:
+    """The prompt's bucket (512) is longer than the context (300)."""
+    model = tiny.language_model(tiny.config(max_position=300))
+    prompt = [(5 * i + 3) % 97 for i in range(length)]
+    done = generate(model, AR, [prompt], max_new_tokens=50, ignore_eos=True)[0]
+    assert done.finish_reason == "context"
+    assert len(done.token_ids) == 300 - length
+    expected = oracle.logits(model.params, [*prompt, *done.token_ids][:-1]).argmax(-1)
+    assert list(done.token_ids) == expected[length - 1 :].tolist()
+
+
 def test_long_prompts_are_read_in_chunks() -> None:
     cfg = tiny.config(max_position=2048)
     model = tiny.language_model(cfg)

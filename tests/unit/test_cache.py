@@ -51,7 +51,14 @@ def test_grow_keeps_contents() -> None:
 
 @pytest.mark.parametrize(
     ("needed", "limit", "expected"),
-    [(1, 8192, 128), (128, 8192, 128), (129, 8192, 256), (5000, 8192, 8192), (300, 300, 384)],
+    [
+        (1, 8192, 128),
+        (128, 8192, 128),
+        (129, 8192, 256),
+        (5000, 8192, 8192),
+        (300, 300, 384),
+        (513, 301, 640),
+    ],
 )
 def test_bucket(needed: int, limit: int, expected: int) -> None:
     assert bucket(needed, limit) == expected

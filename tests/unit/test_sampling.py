@@ -50,6 +50,14 @@ def test_draws_follow_the_distribution() -> None:
         assert p_value > 1e-4, (case, p_value)
 
 
+def test_a_tiny_temperature_is_nearly_greedy() -> None:
+    logits = jax.random.normal(jax.random.key(3), (1, 50)) * 20
+    for temperature in (1e-3, 1e-10, 1e-38):
+        rows = SamplingRows.of([Sampling(temperature, top_p=0.9)])
+        assert int(sample(logits, rows, jnp.zeros(1, jnp.int32))[0]) == int(jnp.argmax(logits))
+        assert not np.isnan(np.asarray(log_probabilities(logits, rows))).any()
+
+
 def test_a_row_draws_alike_in_any_batch() -> None:
     logits = jax.random.normal(jax.random.key(2), (4, 50))
     cases = [Sampling(1.0, seed=s) for s in (0, 1, 2**40, 2**63 - 1)]
