@@ -7,7 +7,6 @@ validation happens when one is made, so no other module needs to doubt a value.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 from mtd_jax.errors import InputError, unknown_name
@@ -27,6 +26,7 @@ _LIMITS = {
     "head_dim": 2**12,
     "max_position": 2**26,
 }
+_SWITCHES = ("tie_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm")
 
 
 def _require_int(name: str, value: Any, limit: int) -> None:
@@ -37,8 +37,10 @@ def _require_int(name: str, value: Any, limit: int) -> None:
 
 
 def _require_number(name: str, value: Any, *, minimum: float, strict: bool) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number, got {value!r}")
+    # Far beyond any use, far from overflow in what is computed with it.
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain or not abs(value) <= 1e12:
+        raise InputError(f"{name} must be a finite number of at most 1e12, got {str(value)[:40]}")
     if value < minimum or (strict and value == minimum):
         raise InputError(f"{name} must be {'over' if strict else 'at least'} {minimum:g}")
 
@@ -83,6 +85,10 @@ class RopeConfig:
             _require_int("rope original_max_position", self.original_max_position, 2**26)
         elif self.kind in ("dynamic", "yarn", "llama3"):
             raise InputError(f"rope type '{self.kind}' needs original_max_position")
+        if self.theta <= 1.0:
+            raise InputError(f"rope theta must be over 1, got {self.theta:g}")
+        if self.factor > 1e6:
+            raise InputError(f"rope factor must be at most 1e6, got {self.factor:g}")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise InputError("rope high_freq_factor must be greater than low_freq_factor")
 
@@ -129,6 +135,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
             _require_int(name, getattr(self, name), limit)
+        if not isinstance(self.family, str):
+            raise InputError(f"family must be text, got {self.family!r}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads ({self.num_heads}) is not a multiple of "
@@ -149,9 +160,11 @@ class ModelConfig:
             for window in self.sliding_windows:
                 if window is not None:
                     _require_int("sliding window", window, 2**26)
-        special = [self.bos_token_id, self.pad_token_id, *self.eos_token_ids]
-        for token in special:
-            if token is not None and not 0 <= token < self.vocab_size:
+        if not isinstance(self.eos_token_ids, tuple):
+            raise InputError(f"eos_token_ids must be a list, got {self.eos_token_ids!r}")
+        for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
+            whole = isinstance(token, int) and not isinstance(token, bool)
+            if token is not None and not (whole and 0 <= token < self.vocab_size):
                 raise InputError(f"special token id {token} is outside 0..{self.vocab_size - 1}")
 
     @property

@@ -1,8 +1,7 @@
 """One declaration a weight, and everything that follows from it.
 
 A model or a method declares its weights once, as a tree whose leaves are `Weight`s. Initial values,
-abstract shapes (for ahead-of-time compilation and restoring), shardings (`sharding.py`) and counts
-are all read off that tree, so they cannot disagree.
+shapes, shardings (`sharding.py`) and counts are all read off that tree, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -40,15 +39,6 @@ def initialize(declaration: Tree, key: jax.Array, dtype: DTypeLike = jnp.float32
     keys = jax.random.split(key, len(weights))
     values = [w.init(k, w.shape, dtype) for w, k in zip(weights, keys, strict=True)]
     return jax.tree.unflatten(structure, values)
-
-
-def abstract(declaration: Tree, dtype: DTypeLike, shardings: Any = None) -> Tree:
-    """The declared tree as `jax.ShapeDtypeStruct`s, with `shardings` (same tree) if given."""
-    if shardings is None:
-        return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), declaration)
-    return jax.tree.map(
-        lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype, sharding=s), declaration, shardings
-    )
 
 
 def count(tree: Any) -> int:

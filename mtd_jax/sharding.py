@@ -47,8 +47,8 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise unknown_name("mesh axis", name, MESH_AXES)
         if name in sizes:
             raise InputError(f"mesh axis '{name}' is given twice")
-        if not size.isdecimal() or int(size) < 1:
-            raise InputError(f"mesh axis '{name}' needs a positive size, got '{size}'")
+        if not size.isdecimal() or len(size) > 6 or int(size) < 1:
+            raise InputError(f"mesh axis '{name}' needs a positive size, got '{size[:20]}'")
         sizes[name] = int(size)
     return sizes
 

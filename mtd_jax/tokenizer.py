@@ -55,10 +55,18 @@ class Tokenizer:
             raise InputError(f"{directory} holds no tokenizer")
         # Without torch, transformers advises to install it; and its progress notes are not ours.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer
+        # A tokenizer.json says all; without one the class that the config names must build it.
+        # AutoTokenizer imports torch wherever that is installed, which takes two seconds.
+        if (directory / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
 
+            loader: Any = PreTrainedTokenizerFast
+        else:
+            from transformers import AutoTokenizer
+
+            loader = AutoTokenizer
         try:
-            inner = AutoTokenizer.from_pretrained(
+            inner = loader.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
             return cls(inner)
@@ -85,11 +93,8 @@ class Tokenizer:
         """The ids of a text, with the special tokens that the tokenizer itself puts around it."""
         if not isinstance(text, str):
             raise InputError(f"a prompt must be text, got {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError("a prompt holds half a surrogate pair, which is no text") from None
-        return [int(i) for i in self._inner.encode(text)]
+        _check_text(text)
+        return [int(i) for i in self._inner.encode(text, verbose=False)]
 
     def chat(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation in the model's chat format.
@@ -105,7 +110,8 @@ class Tokenizer:
         if not self.has_chat_template:
             raise InputError("the tokenizer has no chat template: give plain text instead")
         text = self._render(_check_messages(messages), add_generation_prompt)
-        return [int(i) for i in self._inner.encode(text, add_special_tokens=False)]
+        _check_text(text)
+        return [int(i) for i in self._inner.encode(text, add_special_tokens=False, verbose=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; an id without a token is nothing."""
@@ -120,7 +126,12 @@ class Tokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the files that `load` reads."""
-        self._inner.save_pretrained(str(directory))
+        try:
+            self._inner.save_pretrained(str(directory))
+        except OSError:
+            raise
+        except Exception as error:  # the Rust side raises a bare Exception when a write fails
+            raise OSError(f"cannot write the tokenizer: {_line(error)}") from error
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -253,6 +264,13 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
             if not isinstance(message.get(key), str):
                 raise InputError(f"message {number} needs '{key}' as text")
     return [dict(message) for message in messages]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("a prompt holds half a surrogate pair, which is no text") from None
 
 
 def _line(error: Exception) -> str:

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
+    if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+        raise InputError(f"cannot write {args.out}: it is a directory, or is in none")
     sampling = sampling_of(args)
     chosen = [methods.make_method(name, {}) for name in args.methods.split(",")]
     sizes = [_positive(text) for text in args.batch_sizes.split(",")]
@@ -94,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise InputError(f"--batch-sizes takes whole numbers of at least 1, got '{text}'")
+    if not text.strip().isdecimal() or len(text) > 6 or int(text) < 1:
+        raise InputError(f"--batch-sizes takes whole numbers of at least 1, got '{text[:20]}'")
     return int(text)
 
 

@@ -59,7 +59,11 @@ def run(args: argparse.Namespace) -> int:
             history = list(opening)
         elif line:
             turn: list[Message] = [*history, {"role": "user", "content": line}]
-            answer = _answer(console, model, method, turn, sampling, budget, args.stop)
+            try:
+                answer = _answer(console, model, method, turn, sampling, budget, args.stop)
+            except InputError as error:  # too long for the context, say: the rest is still good
+                console.print(Text(f"{error} (/reset begins anew)", style="red"))
+                continue
             history = [*turn, {"role": "assistant", "content": answer}]
     return 0
 

@@ -66,7 +66,7 @@ def _print_table(summary: dict[str, Any]) -> None:
         "width": f"{model['hidden_size']}, MLP {model['intermediate_size']}",
         "heads": heads,
         "vocabulary": f"{model['vocab_size']}{', tied' if model['tie_embeddings'] else ''}",
-        "context": str(model["max_position"]),
+        "context": str(summary["context"]),
         "sliding window": ", ".join(map(str, sorted(windows))) or "none",
         "rope": f"{rope['kind']}, theta {rope['theta']:g}",
         "tokenizer": "yes" if summary["tokenizer"] else "no",

@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = make_parser()
         args = parser.parse_args(argv)
-        return args.run(args)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"mtd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -46,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`mtd ... | head`): nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A full disk, a name too long, missing rights: the user's to mend, not ours.
+        print(f"mtd: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("mtd: interrupted", file=sys.stderr)
         return 130

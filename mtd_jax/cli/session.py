@@ -33,7 +33,7 @@ def open_model(args: argparse.Namespace) -> LanguageModel:
     """The model of --model, --dtype and --mesh."""
     use_compilation_cache()
     path = existing_path(args.model, "model")
-    mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh)) if args.mesh else None
+    mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh)) if args.mesh is not None else None
     return load(path, dtype=args.dtype, mesh=mesh)
 
 

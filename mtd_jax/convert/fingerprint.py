@@ -1,7 +1,8 @@
 """A short name for a model, made from its config and its weights.
 
 Heads belong to one base; its fingerprint says which. It does not change with the file format or
-when weights are stored in another float type: samples are rounded to bfloat16 before hashing.
+between float32 and bfloat16: samples are rounded to bfloat16 before hashing. (float16 rounds
+otherwise, so a model stored in it has a name of its own.)
 """
 
 from __future__ import annotations
@@ -49,11 +50,7 @@ def _config_text(config: ModelConfig) -> str:
 
 def _samples(leaves: list[jax.Array]) -> list[jax.Array]:
     """Values spread over each leaf, rounded to bfloat16; picked on the leaf's own devices."""
-
-    def pick(leaves: list[jax.Array]) -> list[jax.Array]:
-        return [leaf[_positions(leaf.shape)].astype(jnp.bfloat16) for leaf in leaves]
-
-    return jax.jit(pick)(leaves)
+    return [leaf[_positions(leaf.shape)].astype(jnp.bfloat16) for leaf in leaves]
 
 
 def _positions(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:

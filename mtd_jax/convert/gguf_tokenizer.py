@@ -27,10 +27,8 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     if kind is None:
         return None
     if kind != "gpt2":
-        raise InputError(
-            f"the GGUF tokenizer '{kind}' is not supported (byte-level BPE, 'gpt2', is); "
-            "use the Hugging Face checkpoint of this model"
-        )
+        # SentencePiece in GGUF's own encoding: the model loads, and takes and gives token ids.
+        return None
     tokens = _texts(metadata, "tokenizer.ggml.tokens")
     backend = _byte_level_bpe(
         tokens,

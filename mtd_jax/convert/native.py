@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.convert.assemble import leaf_paths, leaf_shardings
+from mtd_jax.convert.families import FAMILIES
 from mtd_jax.convert.inventory import check_inventory, take_inventory
 from mtd_jax.convert.json_files import read_json
 from mtd_jax.convert.orbax_tree import restore_tree, save_tree
@@ -91,7 +93,10 @@ def read_info(directory: Path) -> NativeInfo:
         texts[key] = text
     if texts["dtype"] not in FLOATS:
         raise unknown_name("dtype", texts["dtype"][:60], FLOATS)
-    return NativeInfo(config=ModelConfig.from_dict(model), files=values.get("files"), **texts)
+    config = ModelConfig.from_dict(model)
+    if config.family not in FAMILIES:
+        raise unknown_name("model family", config.family[:60], FAMILIES)
+    return NativeInfo(config=config, files=values.get("files"), **texts)
 
 
 def read_native(
@@ -112,4 +117,7 @@ def read_native(
         )
     }
     restored = restore_tree(directory / _PARAMS, wanted)
+    damaged = [path for path, leaf in restored.items() if not jnp.isfinite(leaf).all()]
+    if damaged:
+        raise InputError(f"{directory} holds NaN or infinite weights: {', '.join(damaged)}")
     return jax.tree.unflatten(jax.tree.structure(declared), [restored[path] for path in wanted])

@@ -183,7 +183,7 @@ def _span(file: Path, name: str, info: Any) -> tuple[int, int]:
     if not isinstance(info, dict):
         raise InputError(f"{what} has no description")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
-    if dtype not in _ITEM_SIZES:
+    if not isinstance(dtype, str) or dtype not in _ITEM_SIZES:
         raise InputError(f"{what} has unknown dtype {str(dtype)[:40]}")
     sizes = _sizes(shape)
     if sizes is None or len(sizes) > 8:
@@ -229,6 +229,7 @@ def _indexed(directory: Path) -> dict[str, Entry]:
             or Path(file).name != file
             or file in ("", "..")
             or "\\" in file
+            or "\0" in file
         ):
             raise InputError(
                 f"{INDEX_NAME}: tensor '{name[:200]}' points outside the directory: "

@@ -54,7 +54,7 @@ def summarize(path: Path, *, with_fingerprint: bool = False) -> dict[str, Any]:
         "parameters": number,
         "dtype": dtype,
         "bytes": _size(place, kind) or number * FLOATS[dtype].itemsize,
-        "context": config.max_position,
+        "context": config.context_length,
         "rope": config.to_dict()["rope"],
         "tokenizer": tokenizer,
         "source": source,

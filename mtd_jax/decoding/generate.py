@@ -135,7 +135,9 @@ def generate(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    stop = [stop] if isinstance(stop, str) else stop
     requests = _encode_all(model, prompts, max_new_tokens, chat)
+    batch_size = min(batch_size, len(requests))
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(requests):
         raise InputError(f"{len(samplings)} sampling values for {len(requests)} prompts")
@@ -173,7 +175,9 @@ def _encode_all(
     max_new_tokens: int,
     chat: bool | None,
 ) -> list[EncodedPrompt]:
-    if isinstance(prompts, str | Prompt | Mapping):
+    if isinstance(prompts, str | Prompt | Mapping) or (
+        isinstance(prompts, np.ndarray) and prompts.ndim == 1
+    ):
         values: list[AnyPrompt] = [prompts]
     elif all(isinstance(value, int) for value in prompts):
         values = [cast("Sequence[int]", prompts)]  # one prompt of token ids

@@ -38,6 +38,8 @@ def read_prompt(
     if padded > capacity:
         raise ValueError(f"a prompt of {padded} rows does not fit a cache of {capacity} slots")
     size = min(padded, CHUNK)
+    # Whole chunks only: a slice that sticks out would be clamped and read other tokens.
+    tokens = jnp.pad(tokens, ((0, 0), (0, -padded % size)))
     cache = KVCache.empty(params.config, batch, capacity, params.embedding.dtype)
     context = jnp.broadcast_to(lengths[:, None], (batch, size))
 

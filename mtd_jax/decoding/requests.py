@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from mtd_jax.config import ModelConfig
 from mtd_jax.errors import InputError, nearest, unknown_name
 from mtd_jax.tokenizer import Tokenizer
@@ -37,7 +39,7 @@ class Prompt:
             raise InputError(f"prompt {self.id}: give one of prompt, messages or token_ids")
 
 
-AnyPrompt: TypeAlias = str | Prompt | Mapping[str, Any] | Sequence[int]
+AnyPrompt: TypeAlias = str | Prompt | Mapping[str, Any] | Sequence[int] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,8 @@ def as_prompt(value: AnyPrompt, index: int) -> Prompt:
         return Prompt(id=str(index), text=value)
     if isinstance(value, Mapping):
         return _from_object(value, index)
-    return Prompt(id=str(index), token_ids=tuple(value))
+    ids = value.tolist() if isinstance(value, np.ndarray) else value
+    return Prompt(id=str(index), token_ids=tuple(ids))
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -89,7 +92,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             if not isinstance(value, dict):
                 raise InputError("not a JSON object")
             prompts.append(_from_object(value, len(prompts)))
-        except (json.JSONDecodeError, InputError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: {error}") from None
     if not prompts:
         raise InputError(f"{path} holds no prompt")

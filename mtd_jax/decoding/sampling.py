@@ -153,8 +153,10 @@ def _keep_most_likely(scaled: jax.Array, rows: SamplingRows) -> jax.Array:
     ordered = jnp.where(ordered >= threshold, ordered, -jnp.inf)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first token always stays; top_p = 1 keeps all although the sum may round to over 1.
+    # top_p = 1 keeps all although the sum may round to over 1; the first token always stays, also
+    # with a top_p that is no more than 0 in float32.
     kept = (before < rows.top_p[:, None]) | (rows.top_p[:, None] >= 1.0)
+    kept = kept | (jnp.arange(vocab, dtype=jnp.int32) == 0)[None]
     smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= jnp.maximum(smallest, threshold), scaled, -jnp.inf)
 

@@ -8,7 +8,7 @@ from mtd_jax.errors import InputError
 
 
 class StopMatcher:
-    """Finds the first stop string, wherever pieces and tokens break it.
+    """Finds the stop string that is complete first, wherever pieces and tokens break it.
 
     Text that could still be the beginning of a stop string is held back until it is decided.
     """
@@ -26,10 +26,10 @@ class StopMatcher:
         if self.stopped:
             return ""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._release(min(found))
+            return self._release(min(found)[1])
         return self._release(len(self._held) - self._open_end())
 
     def flush(self) -> str:

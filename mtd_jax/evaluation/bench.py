@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from mtd_jax.decoding.generate import Completion, generate
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
@@ -53,7 +55,7 @@ class BenchResult:
     """All rows of one run and the bandwidth that they are shares of."""
 
     bandwidth: float
-    """Bytes per second, the best seen during the run."""
+    """Bytes per second of all devices together, the best seen during the run."""
     rows: list[Row]
 
 
@@ -100,6 +102,9 @@ def bench(
             _row(model, m.name, batch_size, runs, total(_metrics(warm[m.name]), batch_size))
             for m in methods
         ]
+    # Simulated CPU devices share one memory; others bring their own.
+    if model.mesh is not None and jax.default_backend() != "cpu":
+        bandwidth *= model.mesh.size
     return BenchResult(bandwidth, [_with_bandwidth(row, bandwidth) for row in rows])
 
 

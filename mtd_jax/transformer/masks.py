@@ -32,10 +32,3 @@ def within_window(
 ) -> Bool[Array, "B T S"]:
     """A row sees the last `window` positions, its own among them (to be joined with `causal`)."""
     return key_positions[:, None, :] > row_positions[:, :, None] - window
-
-
-def same_segment(
-    row_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]
-) -> Bool[Array, "B T S"]:
-    """A row sees only keys of its own packed document (to be joined with `causal`)."""
-    return key_segments[:, None, :] == row_segments[:, :, None]

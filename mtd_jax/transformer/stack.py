@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.config import ModelConfig
+from mtd_jax.transformer import masks
 from mtd_jax.transformer.attention import attend
 from mtd_jax.transformer.block import Block, apply_block
 from mtd_jax.transformer.cache import KVCache
@@ -33,8 +34,10 @@ class Rows(struct.PyTreeNode):
     """Cosines and sines of the rows' positions."""
     mask: Leaf
     """[B, T, S] bool: which keys a row sees where no sliding window applies."""
-    distance: Leaf | None
-    """[B, T, S] int32: row position minus key position; None where no layer has a window."""
+    positions: Leaf
+    """[B, T] int32"""
+    keys: Leaf
+    """[B, S] int32: positions of the keys."""
 
 
 def rows_at(
@@ -45,10 +48,8 @@ def rows_at(
     context: Int[Array, "B T"],
 ) -> Rows:
     """`Rows` at `positions` that see the keys of `mask`; `context` as in `rope.rotary`."""
-    distance = None
-    if config.sliding_windows is not None:
-        distance = positions[:, :, None] - key_positions[:, None, :]
-    return Rows(angles=rotary(config, positions, context), mask=mask, distance=distance)
+    angles = rotary(config, positions, context)
+    return Rows(angles=angles, mask=mask, positions=positions, keys=key_positions)
 
 
 def decode_range(
@@ -145,7 +146,7 @@ def train_stack(
             carry, _ = step(carry, (jnp.int32(layer), block))
         return carry
     # Scanned as xs, not by index: the backward pass then stacks each layer's gradient once instead
-    # of adding it into a whole-stack buffer (312 ms against 965 ms, docs/architecture.md).
+    # of adding it into a buffer of the whole stack.
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     return jax.lax.scan(step, carry, (layers, blocks))[0]
 
@@ -156,5 +157,4 @@ def _visible(config: ModelConfig, rows: Rows, layer: jax.Array) -> jax.Array:
     everything = 2**30
     sizes = [everything if w is None else w for w in config.sliding_windows]
     window = jnp.asarray(sizes, jnp.int32)[layer]
-    assert rows.distance is not None  # rows_at makes it wherever a config has windows
-    return rows.mask & (rows.distance < window)
+    return rows.mask & masks.within_window(rows.positions, rows.keys, window)

@@ -6,10 +6,14 @@ import dataclasses
 from functools import cache
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mtd_jax import Prompt, Sampling, generate, methods
 from mtd_jax.decoding.language_model import LanguageModel
+from mtd_jax.decoding.prompt import read_prompt
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.model import prepare_for_decoding
 from tests.oracle import transformer as oracle
@@ -110,6 +114,24 @@ def test_prompts_that_nearly_fill_an_odd_context(length: int) -> None:
     assert len(done.token_ids) == 300 - length
     expected = oracle.logits(model.params, [*prompt, *done.token_ids][:-1]).argmax(-1)
     assert list(done.token_ids) == expected[length - 1 :].tolist()
+
+
+def test_a_prompt_that_is_no_whole_number_of_chunks() -> None:
+    """700 rows: two chunks of 512, the second of which must not be clamped back over the first."""
+    params = tiny.params(tiny.config(max_position=2048))
+    tokens = jax.random.randint(jax.random.key(0), (1, 700), 0, 97)
+    lengths = jnp.array([700], jnp.int32)
+    last, cache = read_prompt(params, tokens, lengths, 1024)
+    padded = jnp.pad(tokens, ((0, 0), (0, 324)))
+    expected, whole = read_prompt(params, padded, lengths, 1024)
+    np.testing.assert_array_equal(cache.v[..., :700, :], whole.v[..., :700, :])
+    np.testing.assert_array_equal(last, expected)
+
+
+def test_arrays_of_token_ids_are_prompts() -> None:
+    one = generate(_model(), AR, np.array([3, 4, 5]), max_new_tokens=2)
+    two = generate(_model(), AR, [np.array([3, 4, 5])], max_new_tokens=2, batch_size=100)
+    assert [c.token_ids for c in one] == [c.token_ids for c in two] == [_answers(())[0][:2]]
 
 
 def test_long_prompts_are_read_in_chunks() -> None:

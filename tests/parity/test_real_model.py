@@ -66,7 +66,6 @@ TEXTS = (
 
 
 @cache
-@cache
 def _tokenizer() -> Tokenizer:
     return Tokenizer.load(model_directory())
 

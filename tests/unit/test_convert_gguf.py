@@ -197,7 +197,6 @@ def test_pre_tokenizers_split_digits_their_way(tmp_path: Path, pre: str, digits:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer 'llama' is not supported"),
         ({"tokenizer.ggml.pre": "smolm"}, "unknown GGUF pre-tokenizer 'smolm'.*'smollm'"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "not two tokens"),
         ({"tokenizer.ggml.merges": ["zz yy"]}, "inconsistent"),
@@ -213,6 +212,13 @@ def test_tokenizers_that_are_not_known_are_refused(
     )
     with pytest.raises(InputError, match=message):
         load(path)
+
+
+def test_a_sentencepiece_vocabulary_loads_without_tokenizer(tmp_path: Path) -> None:
+    config = hf_config()
+    keys = tokenizer_keys() | {"tokenizer.ggml.model": "llama"}
+    path = write_gguf(tmp_path / "m.gguf", config, hf_tensors(config), extra=keys)
+    assert load(path).tokenizer is None
 
 
 @pytest.mark.parametrize("arch", ["gemma3", "lama", "bert"])

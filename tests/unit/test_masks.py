@@ -43,18 +43,6 @@ x x x x . .
     np.testing.assert_array_equal(masks.causal(rows, keys)[0], expected)
 
 
-def test_segments_do_not_see_each_other() -> None:
-    segments = jnp.array([[0, 0, 1, 1]], jnp.int32)
-    expected = _drawing("""
-x . . .
-x x . .
-. . x .
-. . x x
-""")
-    seen = masks.causal(POSITIONS, POSITIONS) & masks.same_segment(segments, segments)
-    np.testing.assert_array_equal(seen[0], expected)
-
-
 @pytest.mark.parametrize("window", [1, 3, 4, 100])
 def test_window_counts_the_row_itself(window: int) -> None:
     seen = masks.causal(POSITIONS, POSITIONS) & masks.within_window(

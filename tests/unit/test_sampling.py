@@ -58,6 +58,12 @@ def test_a_tiny_temperature_is_nearly_greedy() -> None:
         assert not np.isnan(np.asarray(log_probabilities(logits, rows))).any()
 
 
+def test_a_top_p_that_vanishes_keeps_the_best() -> None:
+    logits = jax.random.normal(jax.random.key(3), (1, 50))
+    drawn = sample(logits, SamplingRows.of([Sampling(1.0, top_p=1e-40)]), jnp.zeros(1, jnp.int32))
+    assert int(drawn[0]) == int(jnp.argmax(logits))
+
+
 def test_a_row_draws_alike_in_any_batch() -> None:
     logits = jax.random.normal(jax.random.key(2), (4, 50))
     cases = [Sampling(1.0, seed=s) for s in (0, 1, 2**40, 2**63 - 1)]

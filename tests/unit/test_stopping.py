@@ -36,6 +36,12 @@ def test_pieces_do_not_matter(pieces: list[str], stops: list[str]) -> None:
     assert matcher.stopped == bool(completed)
 
 
+def test_of_two_stop_strings_the_one_complete_first_wins() -> None:
+    for pieces in (["abcd"], ["abc", "d"], ["a", "b", "c", "d"]):
+        matcher = StopMatcher(["abcd", "c"])
+        assert "".join(matcher.push(piece) for piece in pieces) == "ab"
+
+
 def test_nothing_is_held_back_without_need() -> None:
     matcher = StopMatcher(["END"])
     assert matcher.push("hello E") == "hello "

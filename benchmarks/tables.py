@@ -1,0 +1,108 @@
+"""Writes the tables of docs/performance.md and README.md from benchmarks/results/.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; a test fails if a page and the
+results disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+_MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rendered(page: str) -> str:
+    """The page with every marked table made anew."""
+    return _MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", page)
+
+
+def layouts() -> str:
+    """Milliseconds by layout, options and rows."""
+    result = _result("cpu-layouts")
+    counts = sorted({row["rows"] for row in result["rows"]})
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        lines.setdefault((row["layout"], row["options"]), []).append(f"{row['ms']:.1f}")
+    head = ["layout", "options", *(f"{n} row{'s' if n > 1 else ''}" for n in counts)]
+    return _markdown(head, ([*key, *cells] for key, cells in lines.items()))
+
+
+def peers() -> str:
+    """Other engines beside this one."""
+    head = ["engine", "version", "tokens/s", "mtd-jax is", "tokens"]
+    rows = []
+    for row in _result("cpu-peers")["rows"]:
+        first = row["first_different_token"]
+        rows.append(
+            [
+                row["peer"],
+                row["version"],
+                f"{row['median']:.1f}",
+                f"{row['mtd_jax_over_peer']:.2f}x",
+                "identical" if first is None else f"differ from {first}",
+            ]
+        )
+    return _markdown(head, rows)
+
+
+def autoregressive() -> str:
+    """`mtd bench` of the baseline."""
+    head = ["batch", "tokens/s", "decode tokens/s", "share of bandwidth", "spread"]
+    return _markdown(
+        head,
+        (
+            [
+                str(row["batch_size"]),
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['decode_tokens_per_second']:.1f}",
+                f"{row['roofline_share']:.0%}",
+                f"{row['spread']:.0%}",
+            ]
+            for row in _result("cpu-ar")["rows"]
+        ),
+    )
+
+
+def first_token() -> str:
+    """Time to the first text of `mtd generate`."""
+    head = ["", "seconds"]
+    result = _result("cpu-first-token")
+    rows = [["first run (compiles)", f"{result['first_run']:.1f}"]]
+    rows += [[f"warm cache, median of {len(result['seconds'])}", f"{result['median']:.1f}"]]
+    return _markdown(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu-layouts": layouts,
+    "cpu-peers": peers,
+    "cpu-ar": autoregressive,
+    "cpu-first-token": first_token,
+}
+
+
+def _result(name: str) -> dict[str, Any]:
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    """Rewrites the pages."""
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
