@@ -126,7 +126,7 @@ def generate(
       max_new_tokens: budget of each prompt that does not state its own.
       stop: strings that end an answer and are cut off it.
       chat: wrap plain text in the chat template; None does so where there is one.
-      batch_size: prompts decoded together.
+      batch_size: prompts decoded together; a part of a batch is filled up, so that nothing compiles anew.
       ignore_eos: go on behind end tokens (for benchmarks).
       stream: return an iterator of `Chunk`s as they come instead of a list of `Completion`s.
 
@@ -137,7 +137,6 @@ def generate(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     stop = [stop] if isinstance(stop, str) else stop
     requests = _encode_all(model, prompts, max_new_tokens, chat)
-    batch_size = min(batch_size, len(requests))
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(requests):
         raise InputError(f"{len(samplings)} sampling values for {len(requests)} prompts")

@@ -130,7 +130,7 @@ def test_a_prompt_that_is_no_whole_number_of_chunks() -> None:
 
 def test_arrays_of_token_ids_are_prompts() -> None:
     one = generate(_model(), AR, np.array([3, 4, 5]), max_new_tokens=2)
-    two = generate(_model(), AR, [np.array([3, 4, 5])], max_new_tokens=2, batch_size=100)
+    two = generate(_model(), AR, [np.array([3, 4, 5])], max_new_tokens=2, batch_size=3)
     assert [c.token_ids for c in one] == [c.token_ids for c in two] == [_answers(())[0][:2]]
 
 
