@@ -126,7 +126,7 @@ def generate(
       max_new_tokens: budget of each prompt that does not state its own.
       stop: strings that end an answer and are cut off it.
       chat: wrap plain text in the chat template; None does so where there is one.
-      batch_size: prompts decoded together; a part of a batch is filled up, so that nothing compiles anew.
+      batch_size: prompts decoded together; part of a batch is filled up (no new program).
       ignore_eos: go on behind end tokens (for benchmarks).
       stream: return an iterator of `Chunk`s as they come instead of a list of `Completion`s.
 
