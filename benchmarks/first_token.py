@@ -50,7 +50,7 @@ def main() -> None:
         "hardware": environment.hardware(),
         "versions": environment.versions(),
         **environment.provenance(),
-        # transformers imports torch wherever it finds it, which takes longer than all else.
+        # A tokenizer without tokenizer.json makes transformers import torch wherever it finds it.
         "torch_installed": importlib.util.find_spec("torch") is not None,
         "first_run": round(first, 2),
         "seconds": [round(s, 2) for s in warm],

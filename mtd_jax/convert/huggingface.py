@@ -13,7 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtd_jax.config import ModelConfig
-from mtd_jax.convert.assemble import assemble, check_tensors, disassemble, plan, stored_dtype
+from mtd_jax.convert.assemble import (
+    assemble,
+    check_tensors,
+    disassemble,
+    plan,
+    stored_dtype,
+    stored_form,
+)
 from mtd_jax.convert.families import HF_TENSORS
 from mtd_jax.convert.hf_config import config_from_hf, config_to_hf
 from mtd_jax.convert.json_files import read_json
@@ -92,6 +99,7 @@ def write_huggingface(
       tokenizer_from: where to copy tokenizer files from.
       shard_size: most bytes of one file (one tensor more, if it alone is larger).
     """
+    params = stored_form(params)
     config = params.config
     dtype = str(params.embedding.dtype)
     _write_json(out / "config.json", config_to_hf(config, dtype))
