@@ -9,9 +9,16 @@ import os
 DEVICES = 8
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
-)
+# Eight devices on two cores: a collective may wait for a device whose thread is not scheduled, or is
+# behind a compilation. XLA ends the process after 40 seconds of that; here only pytest's limit counts.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        f"--xla_force_host_platform_device_count={DEVICES}",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+        "--xla_cpu_collective_timeout_seconds=1200",
+    ]
+).strip()
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
@@ -29,6 +36,8 @@ jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+# One program at a time: two in flight can each hold threads that the other's collectives wait for.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # The same examples in every run; compilation makes single examples slow, so there is no deadline.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
