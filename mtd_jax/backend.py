@@ -27,3 +27,14 @@ def unrolls_layers() -> bool:
     GPUs and TPUs read the stack in place, and compile one body instead of L.
     """
     return jax.default_backend() == "cpu"
+
+
+def relative_step_cost(rows: int) -> float:
+    """About what a decode step of so many rows costs, one row being 1: until it is measured.
+
+    From docs/performance.md for CPUs. An accelerator reads its weights for hundreds of rows in the
+    same time; what it pays is mostly attention and the host.
+    """
+    if jax.default_backend() == "cpu":
+        return 1.0 + 0.15 * (rows > 1) + 0.03 * (rows - 1)
+    return 1.0 + 0.003 * (rows - 1)

@@ -9,8 +9,8 @@ import os
 DEVICES = 8
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices on two cores: a collective may wait for a device whose thread is not scheduled, or is
-# behind a compilation. XLA ends the process after 40 seconds of that; here only pytest's limit counts.
+# Eight devices on two cores: a collective may wait long for a device whose thread is not scheduled.
+# XLA ends the process after 40 seconds of that; here only pytest's limit counts.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),

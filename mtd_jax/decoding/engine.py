@@ -140,11 +140,12 @@ def _run(
 
 
 def _grow(state: DecodeState, capacity: int) -> DecodeState:
-    return state.replace(cache=state.cache.grow(capacity)).placed()
+    return state.grow(capacity).placed()
 
 
 def _settle(state: DecodeState) -> DecodeState:
-    """Cuts what a step emitted at the budget and behind the first stop id; ends such rows."""
+    """Books what a step emitted, cut at the budget and behind a stop id, which end the row."""
+    tally = state.tally.count(state.emitted_count, state.drafted)
     budget, stop_ids = state.requests.budget, state.requests.stop_ids
     index = jnp.arange(state.emitted.shape[1], dtype=jnp.int32)[None, :]
     counted = index < state.emitted_count[:, None]
@@ -158,8 +159,21 @@ def _settle(state: DecodeState) -> DecodeState:
     return state.replace(
         emitted_count=count,
         active=state.active & ~ended,
+        text=_written(state),
+        tally=tally,
         requests=state.requests.replace(budget=budget),
     )
+
+
+def _written(state: DecodeState) -> jax.Array:
+    """The text with what was emitted behind it; the last emitted token is the pending one."""
+    rows = jnp.arange(state.text.shape[0], dtype=jnp.int32)[:, None]
+    index = jnp.arange(state.emitted.shape[1], dtype=jnp.int32)[None, :]
+    first = state.cache.length + 1 - state.emitted_count
+    place = jnp.where(
+        index < state.emitted_count[:, None], first[:, None] + index, state.text.shape[1]
+    )
+    return state.text.at[rows, place].set(state.emitted, mode="drop")
 
 
 def _empty_output(method: Method, batch: int) -> Output:

@@ -7,11 +7,14 @@ Training differentiates with respect to the method and leaves the base frozen by
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mtd_jax.decoding.penalties import History
 from mtd_jax.decoding.sampling import SamplingRows
 from mtd_jax.sharding import constrain
 from mtd_jax.transformer.cache import KVCache
@@ -29,22 +32,75 @@ class Requests(struct.PyTreeNode):
     sampling: SamplingRows
 
 
+class Tally(struct.PyTreeNode):
+    """What has been drafted and accepted since the prompt was read; see docs/metrics.md."""
+
+    forwards: Leaf
+    """[B] int32: passes through the whole model that emitted tokens, the prompt's among them."""
+    drafted: Leaf
+    """[B] int32: drafts that were verified."""
+    histogram: Leaf
+    """[B, E] int32: steps with drafts, by how many of them were accepted."""
+
+    @classmethod
+    def empty(cls, batch: int, max_emit: int) -> Tally:
+        """Nothing happened yet."""
+        zeros = jnp.zeros(batch, jnp.int32)
+        return cls(zeros, zeros, jnp.zeros((batch, max_emit), jnp.int32))
+
+    def count(
+        self,
+        emitted: Int[Array, " B"],
+        drafted: Int[Array, " B"],
+    ) -> Tally:
+        """Adds a step; rows that emitted nothing did not take part."""
+        took_part = emitted > 0
+        spec = (took_part & (drafted > 0)).astype(jnp.int32)
+        rows = jnp.arange(emitted.shape[0], dtype=jnp.int32)
+        place = jnp.maximum(emitted - 1, 0)
+        return Tally(
+            forwards=self.forwards + took_part.astype(jnp.int32),
+            drafted=self.drafted + spec * drafted,
+            histogram=self.histogram.at[rows, place].add(spec),
+        )
+
+
 class DecodeState(struct.PyTreeNode):
     """Where a batch stands between two steps."""
 
     cache: KVCache
+    text: Leaf
+    """[B, S + 1] int32: the tokens themselves, prompt and answer; one more than the cache has
+    slots, because the pending token is among them. What lies behind that is not defined."""
+    prompt_length: Leaf
+    """[B] int32"""
     pending: Leaf
     """[B] int32: the newest token of each row: emitted, but not in the cache yet."""
     emitted: Leaf
     """[B, E] int32: what the last step emitted; a row's first `emitted_count` entries count."""
     emitted_count: Leaf
     """[B] int32"""
+    drafted: Leaf
+    """[B] int32: drafts that the last step verified."""
+    tally: Tally
     active: Leaf
     """[B] bool: rows that still want tokens; the others write and emit nothing."""
     requests: Requests
     """`requests.budget` counts down to the tokens still wanted."""
     extra: Any = None
-    """Whatever else the method keeps between steps."""
+    """Whatever else the method keeps between steps: arrays [B, ...]."""
+
+    @property
+    def history(self) -> History:
+        """The text of every row, its pending token included."""
+        return History(self.text, self.cache.length + 1, self.prompt_length)
+
+    def grow(self, capacity: int) -> DecodeState:
+        """The same with more cache slots."""
+        more = capacity - self.cache.capacity
+        return self.replace(
+            cache=self.cache.grow(capacity), text=jnp.pad(self.text, [(0, 0), (0, more)])
+        )
 
     def placed(self) -> DecodeState:
         """The state with its layout over the mesh pinned, so that every call finds it the same."""
@@ -53,26 +109,19 @@ class DecodeState(struct.PyTreeNode):
             v=constrain(self.cache.v, "layers", "batch", "kv_heads", None, None),
             length=constrain(self.cache.length, "batch"),
         )
-        sampling = self.requests.sampling
-        sampling = sampling.replace(
-            temperature=constrain(sampling.temperature, "batch"),
-            top_k=constrain(sampling.top_k, "batch"),
-            top_p=constrain(sampling.top_p, "batch"),
-            min_p=constrain(sampling.min_p, "batch"),
-            key=constrain(sampling.key, "batch", None),
+        requests = self.requests.replace(
+            budget=constrain(self.requests.budget, "batch"),
+            stop_ids=constrain(self.requests.stop_ids, None),
+            sampling=_by_row(self.requests.sampling),
         )
-        return self.replace(
-            cache=cache,
-            pending=constrain(self.pending, "batch"),
-            emitted=constrain(self.emitted, "batch", None),
-            emitted_count=constrain(self.emitted_count, "batch"),
-            active=constrain(self.active, "batch"),
-            requests=self.requests.replace(
-                budget=constrain(self.requests.budget, "batch"),
-                stop_ids=constrain(self.requests.stop_ids, None),
-                sampling=sampling,
-            ),
-        )
+        # All else has a row for every row of the batch.
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("cache", "requests")]
+        rest = {name: _by_row(getattr(self, name)) for name in names}
+        return self.replace(cache=cache, requests=requests, **rest)
+
+
+def _by_row(tree: Any) -> Any:
+    return jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
 
 
 @runtime_checkable
@@ -81,6 +130,10 @@ class Method(Protocol):
 
     name: ClassVar[str]
     """The command line's name for it."""
+
+    @property
+    def lossless(self) -> bool:
+        """Whether what it emits is distributed as plain decoding's."""
 
     @property
     def max_emit(self) -> int:
@@ -106,26 +159,7 @@ class Method(Protocol):
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Emits 1..E tokens for every active row, none for the others.
 
-        May overshoot a budget or a stop id: the engine cuts what was emitted.
+        Moves `cache.length` by as many, and says in `drafted` how many drafts it verified. May
+        overshoot a budget or a stop id: the engine cuts what was emitted. The engine keeps `text`,
+        `tally` and `requests`.
         """
-
-
-def first_state(
-    cache: KVCache,
-    token: Int[Array, " B"],
-    requests: Requests,
-    max_emit: int,
-    extra: Any = None,
-) -> DecodeState:
-    """The state after a prompt whose first new `token` has been drawn."""
-    active = requests.budget > 0
-    emitted = jnp.zeros((token.shape[0], max_emit), jnp.int32).at[:, 0].set(token)
-    return DecodeState(
-        cache=cache,
-        pending=token,
-        emitted=emitted,
-        emitted_count=active.astype(jnp.int32),
-        active=active,
-        requests=requests,
-        extra=extra,
-    )

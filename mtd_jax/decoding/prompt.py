@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from mtd_jax.decoding.method import DecodeState, Requests, Tally
+from mtd_jax.decoding.penalties import History, penalized
+from mtd_jax.decoding.sampling import sample
 from mtd_jax.transformer.cache import KVCache
-from mtd_jax.transformer.model import Parameters, extend
+from mtd_jax.transformer.model import Parameters, extend, unembed
 from mtd_jax.typing import Array, Float, Int
 
 CHUNK = 512
@@ -58,3 +63,34 @@ def read_prompt(
     chunks = (jnp.max(lengths) + size - 1) // size
     last, cache = jax.lax.fori_loop(jnp.int32(0), chunks, read, (last, cache))
     return last, cache.replace(length=lengths)
+
+
+def first_state(
+    params: Parameters,
+    last: Float[Array, "B D"],
+    cache: KVCache,
+    tokens: Int[Array, "B P"],
+    requests: Requests,
+    max_emit: int,
+    extra: Any = None,
+) -> DecodeState:
+    """The state after prompts that `read_prompt` has read: draws the first new token of each."""
+    batch, padded = tokens.shape
+    text = jnp.pad(tokens, ((0, 0), (0, cache.capacity + 1 - padded)))
+    history = History(text, cache.length, cache.length)
+    logits = penalized(unembed(params, last)[:, None], requests.sampling, history)[:, 0]
+    token = sample(logits, requests.sampling, cache.length)
+    active = requests.budget > 0
+    return DecodeState(
+        cache=cache,
+        text=text,
+        prompt_length=cache.length,
+        pending=token,
+        emitted=jnp.zeros((batch, max_emit), jnp.int32).at[:, 0].set(token),
+        emitted_count=active.astype(jnp.int32),
+        drafted=jnp.zeros(batch, jnp.int32),
+        tally=Tally.empty(batch, max_emit),
+        active=active,
+        requests=requests,
+        extra=extra,
+    )

@@ -1,7 +1,8 @@
 """From logits to a token: temperature, top-k, top-p, min-p, each its own for every row.
 
 All of it is float32 array code. What a row draws depends on its own seed, its position and its
-logits alone, never on the rest of the batch.
+logits alone, never on the rest of the batch, nor on the method: a method that draws every token
+with `sample` gives the same text for the same seed as plain decoding does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from mtd_jax.errors import InputError
-from mtd_jax.typing import Array, Float, Int, Leaf
+from mtd_jax.typing import Array, Float, Int, Leaf, UInt32
 
 _ARGMAX_BLOCK = 256
 
@@ -39,6 +40,12 @@ class Sampling:
     """Keep the most likely tokens whose probabilities reach this sum (arXiv 1904.09751)."""
     min_p: float = 0.0
     """Keep tokens at least this share as likely as the most likely one (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in the text so far are divided (if negative: multiplied) by this."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that were generated already."""
+    frequency_penalty: float = 0.0
+    """Taken off as many times as the token was generated."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +53,9 @@ class Sampling:
             ("temperature", 0.0, 1e4),
             ("top_p", 0.0, 1.0),
             ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.01, 100.0),
+            ("presence_penalty", -100.0, 100.0),
+            ("frequency_penalty", -100.0, 100.0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value):
@@ -71,8 +81,14 @@ class SamplingRows(struct.PyTreeNode):
     """[B] float32"""
     min_p: Leaf
     """[B] float32"""
+    repetition_penalty: Leaf
+    """[B] float32"""
+    presence_penalty: Leaf
+    """[B] float32"""
+    frequency_penalty: Leaf
+    """[B] float32"""
     key: Leaf
-    """[B, 2] uint32: data of a PRNG key; the token at position p is drawn with fold_in(key, p)."""
+    """[B, 2] uint32: data of a PRNG key; see `position_keys`."""
 
     @classmethod
     def of(cls, requests: Sequence[Sampling]) -> SamplingRows:
@@ -81,14 +97,41 @@ class SamplingRows(struct.PyTreeNode):
         def column(name: str, dtype: type) -> jax.Array:
             return jnp.asarray(np.array([getattr(r, name) for r in requests], dtype))
 
+        floats = [f.name for f in dataclasses.fields(Sampling) if f.name not in ("top_k", "seed")]
         words = [[r.seed >> 32, r.seed & 0xFFFFFFFF] for r in requests]
         return cls(
-            temperature=column("temperature", np.float32),
+            **{name: column(name, np.float32) for name in floats},
             top_k=column("top_k", np.int32),
-            top_p=column("top_p", np.float32),
-            min_p=column("min_p", np.float32),
             key=jnp.asarray(np.array(words, np.uint32)),
         )
+
+    def repeat(self, times: int) -> SamplingRows:
+        """Every row `times` over, [B * times], for the nodes of a tree."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
+
+
+def position_keys(
+    rows: SamplingRows, positions: Int[Array, "B *nodes"]
+) -> UInt32[Array, "B *nodes 2"]:
+    """Data of the key for whatever is drawn for a position; `typed` makes one key for each use."""
+
+    def fold(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.key_data(jax.random.fold_in(typed(key), position))
+
+    for _ in positions.shape[1:]:
+        fold = jax.vmap(fold, in_axes=(None, 0))
+    return jax.vmap(fold)(rows.key, positions)
+
+
+def typed(data: jax.Array, *uses: int) -> jax.Array:
+    """A PRNG key from its data, folded with what it is used for: no key is used twice.
+
+    0 is the draw of a token in `sample`.
+    """
+    key = jax.random.wrap_key_data(data, impl="threefry2x32")
+    for use in uses:
+        key = jax.random.fold_in(key, use)
+    return key
 
 
 def sample(
@@ -98,7 +141,7 @@ def sample(
     greedy = _argmax(logits)
 
     def draw() -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in)(_typed(rows.key), positions)
+        keys = jax.vmap(lambda data: typed(data, 0))(position_keys(rows, positions))
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
         drawn = _argmax(_filtered(logits, rows) + noise)
         return jnp.where(rows.temperature > 0, drawn, greedy)
@@ -159,7 +202,3 @@ def _keep_most_likely(scaled: jax.Array, rows: SamplingRows) -> jax.Array:
     kept = kept | (jnp.arange(vocab, dtype=jnp.int32) == 0)[None]
     smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= jnp.maximum(smallest, threshold), scaled, -jnp.inf)
-
-
-def _typed(key: jax.Array) -> jax.Array:
-    return jax.random.wrap_key_data(key, impl="threefry2x32")

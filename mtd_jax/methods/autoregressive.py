@@ -7,8 +7,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import struct
 
-from mtd_jax.decoding.method import DecodeState, Requests, first_state
-from mtd_jax.decoding.prompt import read_prompt
+from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.penalties import penalized
+from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.decoding.sampling import sample
 from mtd_jax.transformer.model import Parameters, extend, unembed
 from mtd_jax.typing import Array, Int
@@ -18,6 +19,7 @@ class Autoregressive(struct.PyTreeNode):
     """Plain decoding; no weights of its own and no options."""
 
     name: ClassVar[str] = "ar"
+    lossless: ClassVar[bool] = True
 
     @property
     def max_emit(self) -> int:
@@ -39,17 +41,19 @@ class Autoregressive(struct.PyTreeNode):
     ) -> DecodeState:
         """Reads the prompts and draws the first token of each."""
         last, cache = read_prompt(params, tokens, lengths, capacity)
-        token = sample(unembed(params, last), requests.sampling, lengths)
-        return first_state(cache, token, requests, self.max_emit)
+        return first_state(params, last, cache, tokens, requests, self.max_emit)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Runs the pending token of every row and draws the next one."""
         x, cache = extend(params, state.cache, state.pending[:, None], active=state.active)
-        length = cache.length + state.active.astype(jnp.int32)
-        token = sample(unembed(params, x[:, 0]), state.requests.sampling, length)
+        count = state.active.astype(jnp.int32)
+        cache = cache.commit(count)
+        sampling = state.requests.sampling
+        logits = penalized(unembed(params, x), sampling, state.history)[:, 0]
+        token = sample(logits, sampling, cache.length)
         return state.replace(
-            cache=cache.replace(length=length),
+            cache=cache,
             pending=jnp.where(state.active, token, state.pending),
             emitted=token[:, None],
-            emitted_count=state.active.astype(jnp.int32),
+            emitted_count=count,
         )

@@ -103,11 +103,27 @@ def apply_block(
 
     `attention` decides where keys come from (the sequence, a cache) and what is carried on.
     """
+    x, carry = apply_attention(config, block, x, angles, attention)
+    return apply_mlp(config, block, x), carry
+
+
+def apply_attention(
+    config: ModelConfig,
+    block: Block,
+    x: Float[Array, "B T D"],
+    angles: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+    attention: Attention[Carry],
+) -> tuple[Float[Array, "B T D"], Carry]:
+    """The first half of a layer: x + attention(norm(x))."""
     q, k, v = project_qkv(config, block, rms_norm(x, block.attention_norm, config.norm_eps), angles)
     heads, carry = attention(q, k, v)
-    x = x + project_heads(block, heads)
+    return x + project_heads(block, heads), carry
+
+
+def apply_mlp(config: ModelConfig, block: Block, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The second half: x + mlp(norm(x))."""
     x = x + mlp(block, rms_norm(x, block.mlp_norm, config.norm_eps))
-    return constrain(x, "batch", None, None), carry
+    return constrain(x, "batch", None, None)
 
 
 def project_qkv(

@@ -63,6 +63,29 @@ class KVCache(struct.PyTreeNode):
         v = jax.lax.dynamic_index_in_dim(self.v, layer, axis=0, keepdims=False)
         return k, v
 
+    def commit(self, count: Int[Array, " B"], path: Int[Array, "B P"] | None = None) -> KVCache:
+        """Makes `count` of the rows behind the committed ones part of the text.
+
+        Row b's i-th new token is what was written `path[b, i]` slots behind its length; without a
+        `path` they lie in order already, as a chain's do. A `path` must ascend and start with 0.
+        """
+        cache = self
+        if path is not None and path.shape[1] > 1:
+            # The first row of a path lies where it belongs.
+            steps = jnp.arange(1, path.shape[1], dtype=jnp.int32)[None, :]
+            source = self.length[:, None] + path[:, 1:]
+            target = jnp.where(steps < count[:, None], self.length[:, None] + steps, self.capacity)
+            rows = jnp.arange(path.shape[0], dtype=jnp.int32)[:, None]
+            cache = self.replace(
+                k=self.k.at[:, rows, :, :, target].set(
+                    self.k.at[:, rows, :, :, source].get(mode="clip"), mode="drop"
+                ),
+                v=self.v.at[:, rows, :, target].set(
+                    self.v.at[:, rows, :, source].get(mode="clip"), mode="drop"
+                ),
+            )
+        return cache.replace(length=self.length + count)
+
     def grow(self, capacity: int) -> KVCache:
         """The same contents with more slots."""
         kept, more = [(0, 0)] * 3, (0, capacity - self.capacity)

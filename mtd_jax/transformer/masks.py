@@ -7,9 +7,21 @@ Causal, four rows of one text (x sees, . does not), and the same with a window o
     row 1  x x . .      x x . .
     row 2  x x x .      . x x .
     row 3  x x x x      . . x x
+
+A tree of drafts behind a committed text of two tokens. Node 0 is the newest token; 1 and 2 are two
+guesses at what follows it, 3 follows 1. Rows see the text, their ancestors and themselves:
+
+    slots   0 1   2 3 4 5
+    node 0  x x   x . . .
+    node 1  x x   x x . .
+    node 2  x x   x . x .
+    node 3  x x   x x . x
 """
 
 from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
 
 from mtd_jax.typing import Array, Bool, Int
 
@@ -23,6 +35,19 @@ def causal(
     same comparison hides them.
     """
     return key_positions[:, None, :] <= row_positions[:, :, None]
+
+
+def tree(
+    committed: Int[Array, " B"], ancestors: Bool[np.ndarray, "T T"], capacity: int
+) -> Bool[Array, "B T S"]:
+    """Rows of a tree see what is committed, their ancestors, and themselves.
+
+    Row t lies in slot `committed + t`; `ancestors[t, u]` says that u is t or an ancestor of it.
+    """
+    behind = jnp.arange(capacity, dtype=jnp.int32)[None, :] - committed[:, None]
+    inside = (behind >= 0) & (behind < ancestors.shape[0])
+    seen = jnp.asarray(ancestors)[:, jnp.clip(behind, 0, ancestors.shape[0] - 1)]
+    return (behind < 0)[:, None, :] | (inside[:, None, :] & seen.transpose(1, 0, 2))
 
 
 def within_window(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.nn import initializers
 
@@ -21,8 +21,8 @@ from mtd_jax.sharding import constrain
 from mtd_jax.transformer import block, masks
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.linear import precision_of, rms_norm
-from mtd_jax.transformer.stack import Blocks, decode_range, rows_at, train_stack
-from mtd_jax.typing import Array, Float, Int
+from mtd_jax.transformer.stack import Blocks, Skip, decode_range, rows_at, train_stack
+from mtd_jax.typing import Array, Bool, Float, Int
 
 
 class Parameters(struct.PyTreeNode):
@@ -115,31 +115,40 @@ def extend(
     cache: KVCache,
     tokens: Int[Array, "B T"],
     *,
+    ancestors: Bool[np.ndarray, "T T"] | None = None,
     context: Int[Array, "B T"] | None = None,
-    active: jax.Array | None = None,
+    active: Bool[Array, " B"] | None = None,
+    skip: Skip | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs the next T tokens of every row through all layers, against what the cache holds.
 
-    Token t of row b stands at position `cache.length[b] + t`. The rows are stored in the cache but
-    `cache.length` is not moved.
+    Row t is stored in slot `cache.length[b] + t` of the cache, but `cache.length` is not moved: see
+    `KVCache.commit`. As a chain, row t also stands at that position of the text; as a tree, it
+    stands as many positions behind the text as it has ancestors.
 
     Args:
+      ancestors: of a tree, who is an ancestor of whom (`masks.tree`); None is a chain.
       context: length of the text each row is computed in (`rope.rotary`); the default is its own
         position + 1, as when tokens are decoded one at a time.
-      active: [B] bool; rows that are not active write nothing.
+      active: rows that are not active write nothing.
+      skip: sublayers to leave out.
     """
     config = params.config
-    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions = cache.length[:, None] + steps[None, :]
-    slots = positions
+    batch, capacity = tokens.shape[0], cache.capacity
+    slots = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    keys = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (batch, capacity))
+    positions = slots
+    if ancestors is None:
+        mask = masks.causal(positions, keys)
+    else:
+        depth = jnp.asarray(ancestors.sum(axis=1) - 1, jnp.int32)
+        positions = cache.length[:, None] + depth[None, :]
+        mask = masks.tree(cache.length, ancestors, capacity)
+        behind = jnp.clip(keys - cache.length[:, None], 0, len(depth) - 1)
+        keys = jnp.where(keys < cache.length[:, None], keys, cache.length[:, None] + depth[behind])
     if active is not None:
-        slots = jnp.where(active[:, None], positions, cache.capacity)
-    keys = jnp.broadcast_to(
-        jnp.arange(cache.capacity, dtype=jnp.int32), (tokens.shape[0], cache.capacity)
-    )
-    mask = masks.causal(positions, keys)
+        slots = jnp.where(active[:, None], slots, capacity)
     rows = rows_at(config, positions, keys, mask, positions + 1 if context is None else context)
     x = embed(params, tokens)
-    return decode_range(
-        config, params.blocks, cache, x, 0, config.num_layers, rows=rows, slots=slots
-    )
+    layers = (0, config.num_layers)
+    return decode_range(config, params.blocks, cache, x, *layers, rows=rows, slots=slots, skip=skip)

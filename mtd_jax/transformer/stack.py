@@ -8,6 +8,8 @@ CPU decoding, see `block.unstack`).
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -18,13 +20,25 @@ from flax import struct
 from mtd_jax.config import ModelConfig
 from mtd_jax.transformer import masks
 from mtd_jax.transformer.attention import attend
-from mtd_jax.transformer.block import Block, apply_block
+from mtd_jax.transformer.block import Block, apply_attention, apply_block, apply_mlp
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.rope import rotary
 from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 
 Blocks: TypeAlias = Block | tuple[Block, ...]
 Inject: TypeAlias = Callable[[Int[Array, ""], Float[Array, "B T D"]], Float[Array, "B T D"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """Layers whose attention or MLP is left out: the residual stream passes them unchanged."""
+
+    attention: frozenset[int] = frozenset()
+    mlp: frozenset[int] = frozenset()
+
+    def at(self, layer: int) -> tuple[bool, bool]:
+        """(attention, MLP) of a layer are left out."""
+        return layer in self.attention, layer in self.mlp
 
 
 class Rows(struct.PyTreeNode):
@@ -62,15 +76,19 @@ def decode_range(
     *,
     rows: Rows,
     slots: Int[Array, "B T"],
+    skip: Skip | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs layers start..stop-1 on rows `x`, storing their keys and values at `slots`.
 
     `cache.length` is left alone: what is committed is the caller's decision. A slot at or beyond
-    the cache's capacity is not written.
+    the cache's capacity is not written. A skipped attention writes no keys and values.
     """
 
     def body(
-        layer: jax.Array, block: Block, carry: tuple[jax.Array, KVCache]
+        layer: jax.Array,
+        block: Block,
+        carry: tuple[jax.Array, KVCache],
+        without: tuple[bool, bool] = (False, False),
     ) -> tuple[jax.Array, KVCache]:
         x, cache = carry
 
@@ -81,25 +99,35 @@ def decode_range(
             heads = attend(q, keys, values, mask, softcap=config.attention_logit_softcap)
             return heads, written
 
-        return apply_block(config, block, x, rows.angles, attention)
+        if not without[0]:
+            x, cache = apply_attention(config, block, x, rows.angles, attention)
+        return (x if without[1] else apply_mlp(config, block, x)), cache
 
+    skip = skip or Skip()
+    carry = (x, cache)
     if isinstance(blocks, tuple):
-        carry = (x, cache)
         for layer in range(start, stop):
-            carry = body(jnp.int32(layer), blocks[layer], carry)
+            carry = body(jnp.int32(layer), blocks[layer], carry, skip.at(layer))
         return carry
 
-    def step(
-        carry: tuple[jax.Array, KVCache], layer: jax.Array
-    ) -> tuple[tuple[jax.Array, KVCache], None]:
-        # Picking by index leaves the stack where it is; scanning over blocks[start:stop] would
-        # copy the range first.
-        block = jax.tree.map(
-            lambda w: jax.lax.dynamic_index_in_dim(w, layer, axis=0, keepdims=False), blocks
-        )
-        return body(layer, block, carry), None
+    # One scan for every run of layers that leave out the same.
+    for without, layers in itertools.groupby(range(start, stop), key=skip.at):
 
-    return jax.lax.scan(step, (x, cache), jnp.arange(start, stop, dtype=jnp.int32))[0]
+        def step(
+            carry: tuple[jax.Array, KVCache],
+            layer: jax.Array,
+            without: tuple[bool, bool] = without,
+        ) -> tuple[tuple[jax.Array, KVCache], None]:
+            # Picking by index leaves the stack where it is; scanning over blocks[start:stop] would
+            # copy the range first.
+            block = jax.tree.map(
+                lambda w: jax.lax.dynamic_index_in_dim(w, layer, axis=0, keepdims=False), blocks
+            )
+            return body(layer, block, carry, without), None
+
+        if without != (True, True):
+            carry, _ = jax.lax.scan(step, carry, jnp.array(list(layers), jnp.int32))
+    return carry
 
 
 def train_stack(

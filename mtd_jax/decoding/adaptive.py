@@ -1,0 +1,78 @@
+"""How many drafts to verify: what they are expected to bring against what their rows cost.
+
+Costs are measured on this machine (`evaluation.step_cost`) and given as an array; acceptance is
+estimated while decoding runs. Both are dynamic, so changing one's mind compiles nothing.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+
+from mtd_jax.typing import Array, Bool, Float, Int, Leaf
+
+_PRIOR_ACCEPTED, _PRIOR_TRIED = 0.7, 1.0
+_FORGET = 0.96
+"""A step's weight against the next one's: a text changes its ways about every 25 steps."""
+
+
+class AcceptanceRates(struct.PyTreeNode):
+    """How often drafts of each kind were right, lately.
+
+    Kinds are the method's: the n-gram order that a draft came from, say. What is forgotten makes
+    room for the prior, so a kind that failed gets another chance after a while.
+    """
+
+    accepted: Leaf
+    """[B, kinds] float32"""
+    tried: Leaf
+    """[B, kinds] float32: drafts all of whose predecessors were accepted."""
+
+    @classmethod
+    def empty(cls, batch: int, kinds: int) -> AcceptanceRates:
+        """Nothing known yet."""
+        zeros = jnp.zeros((batch, kinds), jnp.float32)
+        return cls(zeros, zeros)
+
+    def of(self, kind: Int[Array, " B"]) -> Float[Array, " B"]:
+        """The chance that the next draft of a chain is accepted, for each row's kind of chain."""
+        accepted = jnp.take_along_axis(self.accepted, kind[:, None], axis=1)[:, 0]
+        tried = jnp.take_along_axis(self.tried, kind[:, None], axis=1)[:, 0]
+        return (accepted + _PRIOR_ACCEPTED) / (tried + _PRIOR_TRIED)
+
+    def after(
+        self, kind: Int[Array, " B"], drafted: Int[Array, " B"], accepted: Int[Array, " B"]
+    ) -> AcceptanceRates:
+        """The rates after a step that drafted and accepted so many tokens; 0 drafts are no news."""
+        rows = jnp.arange(kind.shape[0], dtype=jnp.int32)
+        tried = accepted + (accepted < drafted).astype(jnp.int32)
+        news = drafted > 0
+        return AcceptanceRates(
+            (self.accepted * _FORGET).at[rows, kind].add(jnp.where(news, accepted, 0) * 1.0),
+            (self.tried * _FORGET).at[rows, kind].add(jnp.where(news, tried, 0) * 1.0),
+        )
+
+
+def best_size(
+    sizes: tuple[int, ...],
+    costs: Float[Array, " sizes"],
+    rate: Float[Array, " B"],
+    available: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> Int[Array, ""]:
+    """Index of the number of rows that emits most tokens a second; ties go to the fewest rows.
+
+    Args:
+      sizes: rows of a forward pass: one more than drafts.
+      costs: seconds of a pass of that many rows, in any unit.
+      rate: chance that a draft is accepted whose predecessors were.
+      available: drafts that each row has.
+      active: rows that count.
+    """
+    drafts = jnp.asarray([size - 1 for size in sizes], jnp.int32)[:, None]
+    usable = jnp.minimum(drafts, available[None, :]).astype(jnp.float32)
+    rate = jnp.clip(rate, 0.0, 0.999)[None, :]
+    # 1 + r + r^2 + ... + r^n
+    tokens = (1.0 - rate ** (usable + 1.0)) / (1.0 - rate)
+    tokens = jnp.sum(jnp.where(active[None, :], tokens, 0.0), axis=1)
+    return jnp.argmax(tokens / costs).astype(jnp.int32)

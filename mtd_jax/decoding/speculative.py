@@ -1,0 +1,139 @@
+"""One step that verifies drafts: a forward pass over a tree, a verdict, what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from mtd_jax.decoding import verify
+from mtd_jax.decoding.method import DecodeState
+from mtd_jax.decoding.penalties import penalized
+from mtd_jax.decoding.sampling import log_probabilities, position_keys, sample
+from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.model import Parameters, extend, unembed
+from mtd_jax.typing import Array, Float, Int
+
+Acceptance: TypeAlias = Literal["exact", "typical"]
+
+
+def verify_drafts(
+    params: Parameters,
+    state: DecodeState,
+    tree: TokenTree,
+    drafts: Int[Array, "B drafts"],
+    *,
+    acceptance: Acceptance = "exact",
+) -> DecodeState:
+    """Verifies drafts that were not drawn at random.
+
+    Args:
+      drafts: the tokens of nodes 1, 2, ... of the tree; -1 is none.
+
+      acceptance: `exact`: at every node a token is drawn with the key of its position, so that what
+        is emitted is what plain decoding emits, at any temperature. `typical` is lossy.
+    """
+    on_tree = jnp.pad(drafts, ((0, 0), (1, 0)))
+    logits, positions, cache = _target_logits(params, state, tree, on_tree)
+    batch, nodes, vocab = logits.shape
+    flat = logits.reshape(batch * nodes, vocab)
+    rows = state.requests.sampling.repeat(nodes)
+    drawn = sample(flat, rows, positions.reshape(-1)).reshape(batch, nodes)
+    if acceptance == "typical":
+        log_p = log_probabilities(flat, rows).reshape(logits.shape)
+        verdict = verify.typical(tree, on_tree, drawn, log_p)
+    else:
+        verdict = verify.walk(tree, on_tree, drawn)
+    drafted = jnp.sum(drafts >= 0, axis=1, dtype=jnp.int32)
+    return _settled(state, cache, verdict, drafted, None if tree.is_chain else verdict.path)
+
+
+def verify_draws(
+    params: Parameters,
+    state: DecodeState,
+    drafts: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    log_q: Float[Array, "B T V"],
+) -> DecodeState:
+    """Verifies a chain that was drawn from `log_q` (`verify.rejection`); greedy rows too."""
+    tree = TokenTree.chain(drafts.shape[1])
+    real = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
+    on_tree = jnp.pad(jnp.where(real, drafts, -1), ((0, 0), (1, 0)))
+    logits, positions, cache = _target_logits(params, state, tree, on_tree)
+    batch, nodes, vocab = logits.shape
+    flat = logits.reshape(batch * nodes, vocab)
+    rows = state.requests.sampling.repeat(nodes)
+
+    def greedy() -> verify.Verdict:
+        drawn = sample(flat, rows, positions.reshape(-1)).reshape(batch, nodes)
+        return verify.walk(tree, on_tree, drawn)
+
+    def sampled() -> verify.Verdict:
+        log_p = log_probabilities(flat, rows).reshape(logits.shape)
+        keys = position_keys(state.requests.sampling, positions)
+        return verify.rejection(drafts, count, log_q, log_p, keys)
+
+    any_sampled = jnp.any(state.requests.sampling.temperature > 0)
+    verdict = jax.lax.cond(any_sampled, sampled, greedy)
+    return _settled(state, cache, verdict, count, None)
+
+
+def in_place_switch(
+    index: Int[Array, ""],
+    branches: Sequence[Callable[[DecodeState], DecodeState]],
+    state: DecodeState,
+) -> DecodeState:
+    """`lax.switch` that updates the state where it lies.
+
+    XLA copies what a conditional passes through, the whole cache each time; a while loop's carry it
+    does not. So every branch is a loop that runs once or not at all.
+    """
+    for number, branch in enumerate(branches):
+
+        def body(
+            carry: tuple[DecodeState, jax.Array],
+            branch: Callable[[DecodeState], DecodeState] = branch,
+        ) -> tuple[DecodeState, jax.Array]:
+            return branch(carry[0]), jnp.bool(False)
+
+        state, _ = jax.lax.while_loop(lambda carry: carry[1], body, (state, index == number))
+    return state
+
+
+def _target_logits(
+    params: Parameters, state: DecodeState, tree: TokenTree, on_tree: Int[Array, "B M"]
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Penalised logits [B, M, V] at every node, positions [B, M] of what they predict, cache."""
+    on_tree = on_tree.at[:, 0].set(state.pending)
+    ancestors = None if tree.is_chain else tree.ancestors
+    tokens = jnp.maximum(on_tree, 0)
+    x, cache = extend(params, state.cache, tokens, ancestors=ancestors, active=state.active)
+    # The root is in the text already, and a path repeats its last node: -1 is nothing.
+    ways = jnp.asarray(tree.paths)
+    fresh = (ways > 0) & (jnp.arange(ways.shape[1])[None, :] <= jnp.asarray(tree.depth)[:, None])
+    on_way = jnp.where(fresh[None], on_tree[:, ways], -1)
+    logits = penalized(unembed(params, x), state.requests.sampling, state.history, on_way)
+    positions = state.cache.length[:, None] + 1 + jnp.asarray(tree.depth)[None, :]
+    return logits, positions, cache
+
+
+def _settled(
+    state: DecodeState,
+    cache: KVCache,
+    verdict: verify.Verdict,
+    drafted: Int[Array, " B"],
+    path: Int[Array, "B P"] | None,
+) -> DecodeState:
+    count = jnp.where(state.active, verdict.accepted + 1, 0)
+    newest = jnp.take_along_axis(verdict.tokens, verdict.accepted[:, None], axis=1)[:, 0]
+    missing = state.emitted.shape[1] - verdict.tokens.shape[1]
+    return state.replace(
+        cache=cache.commit(count, path),
+        pending=jnp.where(state.active, newest, state.pending),
+        emitted=jnp.pad(verdict.tokens, ((0, 0), (0, missing))),
+        emitted_count=count,
+        drafted=drafted,
+    )

@@ -1,0 +1,90 @@
+"""What methods share that draft from the text itself: sizes, adaptation, verification."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import struct
+
+from mtd_jax.decoding.adaptive import AcceptanceRates, best_size
+from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.prompt import first_state, read_prompt
+from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_drafts
+from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.transformer.model import Parameters
+from mtd_jax.typing import Array, Int
+
+
+class Copying(struct.PyTreeNode):
+    """A method whose drafts cost next to nothing; `propose` makes them.
+
+    Every step verifies as many of them as `sizes` and `costs` say, down to none.
+    """
+
+    costs: Any
+    """[sizes] float32: what a forward pass of so many rows costs, in any unit."""
+    tree: TokenTree = struct.field(pytree_node=False)
+    """The drafts that are proposed; if it is a chain, a step may verify only the first of them."""
+    sizes: tuple[int, ...] = struct.field(pytree_node=False)
+    """Rows that a step may have, ascending from 1 to the tree's size."""
+    longest: int = struct.field(pytree_node=False)
+    """The longest match that is told from longer ones."""
+    acceptance: Acceptance = struct.field(pytree_node=False, default="exact")
+
+    name: ClassVar[str]
+
+    @property
+    def lossless(self) -> bool:
+        """Unless acceptance is `typical`."""
+        return self.acceptance == "exact"
+
+    @property
+    def max_emit(self) -> int:
+        """All drafts of a path and the bonus token."""
+        return self.tree.max_depth + 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """Every node takes a cache slot."""
+        return self.tree.size
+
+    def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, " B"]]:
+        """Drafts for nodes 1, 2, ... (-1: none), and the length of their match: 0..longest."""
+        raise NotImplementedError
+
+    def prefill(
+        self,
+        params: Parameters,
+        tokens: Int[Array, "B P"],
+        lengths: Int[Array, " B"],
+        requests: Requests,
+        capacity: int,
+    ) -> DecodeState:
+        """Reads the prompts and draws the first token of each."""
+        last, cache = read_prompt(params, tokens, lengths, capacity)
+        rates = AcceptanceRates.empty(tokens.shape[0], self.longest + 1)
+        return first_state(params, last, cache, tokens, requests, self.max_emit, rates)
+
+    def step(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Copies drafts out of the text and verifies the number of them that pays."""
+        drafts, kind = self.propose(state)
+        available = jnp.sum(drafts >= 0, axis=1, dtype=jnp.int32)
+        rates: AcceptanceRates = state.extra
+        rate = rates.of(kind)
+        size = best_size(self.sizes, self.costs, rate, available, state.active)
+
+        def with_rows(rows: int) -> Any:
+            tree = self.tree if rows == self.tree.size else TokenTree.chain(rows - 1)
+
+            def verified(state: DecodeState) -> DecodeState:
+                return verify_drafts(
+                    params, state, tree, drafts[:, : rows - 1], acceptance=self.acceptance
+                )
+
+            return verified
+
+        state = in_place_switch(size, [with_rows(rows) for rows in self.sizes], state)
+        accepted = jnp.maximum(state.emitted_count - 1, 0)
+        rates = rates.after(kind, state.drafted, accepted)
+        return state.replace(extra=rates)
