@@ -70,7 +70,9 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """--method, --heads and --option."""
     group = parser.add_argument_group("decoding method")
     group.add_argument("--method", default="ar", help="how to decode (default: ar)")
-    group.add_argument("--heads", metavar="PATH", help="trained heads of the method")
+    group.add_argument(
+        "--heads", metavar="DIR", help="what was trained or tuned for the method and this model"
+    )
     group.add_argument(
         "--option",
         action="extend",
@@ -92,6 +94,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all (default)")
     group.add_argument(
         "--min-p", type=float, default=0.0, metavar="P", help="share of the best (default: 0)"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none (default)"
+    )
+    group.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="0 is none (default)"
+    )
+    group.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="X", help="0 is none (default)"
     )
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)")
     group.add_argument(

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mtd_jax import methods
 from mtd_jax.cli import arguments
-from mtd_jax.cli.session import open_model, sampling_of
+from mtd_jax.cli.session import Choice, choose_method, open_model, sampling_of, typical_length
+from mtd_jax.convert.atomic import write_file
+from mtd_jax.convert.method_files import read_method
+from mtd_jax.decoding.language_model import LanguageModel
+from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.requests import read_prompts
 from mtd_jax.errors import InputError
-from mtd_jax.evaluation import environment
-from mtd_jax.evaluation.bench import BenchResult, bench, to_json
+from mtd_jax.evaluation import environment, plot, step_cost
+from mtd_jax.evaluation.bench import BASELINE, BenchResult, Row, bench, passes, to_json
 
 _DESCRIPTION = """\
 Measure decoding speed on your own model and prompts.
 
-  mtd bench --model models/smollm2 --prompts prompts.jsonl --batch-sizes 1,4 --out results.json
+  mtd bench --model models/smollm2 --prompts prompts.jsonl --methods ar,ngram,prompt_lookup
+  mtd bench --model models/smollm2 --prompts prompts.jsonl --methods ar,ngram:drafts=4,ngram:drafts=8
+  mtd bench --model models/smollm2 --prompts prompts.jsonl --methods ar,ngram --batch-sizes 1,4 \\
+      --auto --out results.json --plot results.png
 
-Methods are run in turns, so that all meet the same machine. The roofline share says how close a
-speed comes to reading the weights from memory once a step, which no one-token decoder can beat.
+Methods take turns batch by batch, so that all meet the same machine; a speed-up is the median of
+ratios to ar within a repeat. The roofline share says how close a speed comes to reading the weights
+from memory once a step. A method's options follow its name behind colons. Methods that choose their
+number of drafts (drafts=auto, the default of ngram and prompt_lookup) choose by step costs measured
+on this machine, which are kept for the next run; --auto measures them anew and shows them.
 """
 _DEFAULT_NEW_TOKENS = 128
 
@@ -33,16 +44,35 @@ def add_parser(commands: arguments.Subparsers) -> None:
     """Declares the command."""
     parser = commands.add_parser("bench", help="measure decoding speed", description=_DESCRIPTION)
     arguments.add_model_arguments(parser)
-    parser.add_argument("--methods", default="ar", metavar="M,M,...", help="default: ar")
+    parser.add_argument(
+        "--methods",
+        default=BASELINE,
+        metavar="M,M:KEY=VALUE,...",
+        help="methods to compare, ar among them for speed-ups (default: ar)",
+    )
+    parser.add_argument(
+        "--heads",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="what was trained or tuned for methods of the list; each says for which",
+    )
     parser.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="what to decode")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     parser.add_argument("--batch-sizes", default="1", metavar="B,B,...", help="default: 1")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default: 3")
     parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="let methods choose their number of drafts (0 included) by costs measured now",
+    )
+    parser.add_argument(
         "--ignore-eos", action="store_true", help="decode the whole budget for every prompt"
     )
     arguments.add_sampling_arguments(parser)
     parser.add_argument("--out", metavar="FILE.json", help="write the result here too")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw speed-ups and acceptance here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -55,18 +85,30 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
-    if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
-        raise InputError(f"cannot write {args.out}: it is a directory, or is in none")
+    for path in filter(None, (args.out, args.plot)):
+        if Path(path).is_dir() or not Path(path).parent.is_dir():
+            raise InputError(f"cannot write {path}: it is a directory, or is in none")
+    if args.plot is not None:
+        plot.require_matplotlib()
     sampling = sampling_of(args)
-    chosen = [methods.make_method(name, {}) for name in args.methods.split(",")]
-    sizes = [_positive(text) for text in args.batch_sizes.split(",")]
+    choices = _choices(args.methods, args.heads)
+    sizes = _different([_positive(text) for text in args.batch_sizes.split(",")], "--batch-sizes")
     prompts = read_prompts(args.prompts)[: args.limit]
     model = open_model(args)
+    fitter = _Fitter(model, typical_length(model, prompts), fresh=args.auto)
     console = Console(stderr=True)
-    with console.status("measuring memory bandwidth") as status:
+    columns = (
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=args.json) as bar:
+        steps = passes(len(choices), len(prompts), sizes, args.repeats)
+        task = bar.add_task("measuring memory bandwidth", total=steps)
         result = bench(
             model,
-            chosen,
+            {c.label: lambda size, c=c: fitter.fit(c, size) for c in choices},  # type: ignore[misc]
             prompts,
             batch_sizes=sizes,
             max_new_tokens=args.max_new_tokens
@@ -75,8 +117,9 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             ignore_eos=args.ignore_eos,
             repeats=args.repeats,
-            progress=status.update,
+            progress=lambda what: bar.update(task, description=what, advance=1),
         )
+    measured = to_json(result)
     report = {
         "hardware": environment.hardware(),
         "versions": environment.versions(),
@@ -84,15 +127,67 @@ def run(args: argparse.Namespace) -> int:
         "model": {"path": args.model, "source": model.source, "fingerprint": model.fingerprint},
         "dtype": str(model.params.embedding.dtype),
         "prompts": len(prompts),
-        **to_json(result),
+        "step_costs": fitter.costs,
+        **measured,
     }
     if args.out is not None:
-        _write(Path(args.out), report)
+        write_file(Path(args.out), json.dumps(report, indent=2) + "\n")
+    if args.plot is not None:
+        plot.plot_bench(measured["rows"], Path(args.plot))
     if args.json:
         print(json.dumps(report))
     else:
-        _show(result)
+        _show(result, fitter.costs if args.auto else [])
     return 0
+
+
+class _Fitter:
+    """Fits methods to the model and keeps what their steps cost, for the report."""
+
+    def __init__(self, model: LanguageModel, prompt_tokens: int, *, fresh: bool) -> None:
+        self._model = model
+        self._prompt_tokens = prompt_tokens
+        self._fresh = fresh
+        self.costs: list[dict[str, Any]] = []
+
+    def fit(self, choice: Choice, batch_size: int) -> Method:
+        """The method for a batch size."""
+        method: Any = choice.fitted(
+            self._model,
+            batch_size=batch_size,
+            prompt_tokens=self._prompt_tokens,
+            fresh=self._fresh,
+        )
+        if step_cost.is_adaptive(method):
+            milliseconds = [round(1e3 * float(cost), 3) for cost in method.costs]
+            entry = {"method": choice.label, "batch_size": batch_size}
+            self.costs.append(entry | {"rows": list(method.sizes), "milliseconds": milliseconds})
+        return method
+
+
+def _choices(text: str, heads: Sequence[str]) -> list[Choice]:
+    """The methods of `ar,ngram:drafts=4,...`, each with the heads that are for it."""
+    labels = _different(text.split(","), "--methods")
+    by_method = {read_method(arguments.existing_path(h, "heads")).method: h for h in heads}
+    if len(by_method) < len(heads):
+        raise InputError("--heads names one method twice")
+    choices = []
+    for label in labels:
+        name, *options = label.split(":")
+        directory = by_method.get(name)
+        choices.append(choose_method(name, directory, arguments.parse_options(options), label))
+    names = {label.split(":")[0] for label in labels}
+    for name, directory in by_method.items():
+        if name not in names:
+            raise InputError(f"{directory} is for method '{name}', which --methods does not name")
+    return choices
+
+
+def _different(values: list[Any], flag: str) -> list[Any]:
+    for value in values:
+        if values.count(value) > 1:
+            raise InputError(f"{flag} names {value} twice")
+    return values
 
 
 def _positive(text: str) -> int:
@@ -101,32 +196,49 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _write(path: Path, report: dict[str, object]) -> None:
-    """Writes beside the file and renames, so that a killed run leaves the old one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _show(result: BenchResult) -> None:
+def _show(result: BenchResult, costs: Sequence[dict[str, Any]]) -> None:
     table = Table(title=f"memory bandwidth {result.bandwidth / 1e9:.1f} GB/s")
     for column in ("method", "batch", "tokens/s", "decode tokens/s", "spread", "vs ar"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for column in ("roofline", "same as ar", "compile s"):
+    for column in ("acceptance", "roofline", "same as ar", "compile s"):
         table.add_column(column, justify="right")
     for row in result.rows:
+        length = row.metrics.mean_acceptance_length
         table.add_row(
-            row.method,
+            row.method if row.lossless else f"{row.method} (lossy)",
             str(row.batch_size),
             f"{row.tokens_per_second:.1f}",
             f"{row.decode_tokens_per_second:.1f}",
             f"{row.spread:.0%}",
             "-" if row.speedup_vs_ar is None else f"{row.speedup_vs_ar:.2f}x",
+            "-" if length is None else f"{length:.2f}",
             f"{row.roofline_share:.0%}",
             "-" if row.identical_to_ar is None else "yes" if row.identical_to_ar else "NO",
             f"{row.compile_seconds:.1f}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for entry in costs:
+        pairs = zip(entry["rows"], entry["milliseconds"], strict=True)
+        cells = ", ".join(f"{rows}: {ms:.1f} ms" for rows, ms in pairs)
+        console.print(f"step by rows, {entry['method']}, batch {entry['batch_size']}: {cells}")
+    for row in result.rows:
+        for line in _warnings(row):
+            console.print(line)
+
+
+def _warnings(row: Row) -> list[str]:
+    """What must not be overlooked, in words."""
+    lines = []
+    if row.verdict == "slower":
+        lines.append(
+            f"{row.method} at batch {row.batch_size} is SLOWER than plain decoding "
+            f"({row.speedup_vs_ar:.2f}x): do not use it here"
+        )
+    for category, report in row.by_category.items():
+        if report["speedup_vs_ar"] is not None and report["speedup_vs_ar"] < 0.95:
+            lines.append(
+                f"{row.method} at batch {row.batch_size} is slower on '{category}' prompts "
+                f"({report['speedup_vs_ar']:.2f}x)"
+            )
+    return lines

@@ -27,6 +27,7 @@ Talk to a model.
 /reset forgets the conversation, /exit or end of input leaves. Ctrl-C stops an answer.
 """
 _DEFAULT_NEW_TOKENS = 1024
+_TYPICAL_TURN = 256
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
@@ -42,10 +43,11 @@ def add_parser(commands: arguments.Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     sampling = sampling_of(args)
-    method = open_method(args)
+    choice = open_method(args)
     model = open_model(args)
     if model.tokenizer is None or not model.tokenizer.has_chat_template:
         raise InputError("chat needs a tokenizer with a chat template, and the model has none")
+    method = choice.fitted(model, batch_size=1, prompt_tokens=_TYPICAL_TURN)
     console = Console()
     opening: list[Message] = []
     if args.system is not None:
@@ -115,7 +117,9 @@ def _growing(chunks: Iterator[Chunk]) -> Iterator[tuple[str, str]]:
         text += chunk.text
         tokens += len(chunk.token_ids)
         speed = chunk.metrics.decode_tokens_per_second
-        yield text, f"{tokens} tokens, {speed:.1f} tokens/s"
+        length = chunk.metrics.mean_acceptance_length
+        drafts = "" if length is None else f", mean acceptance length {length:.2f}"
+        yield text, f"{tokens} tokens, {speed:.1f} tokens/s{drafts}"
 
 
 def _tail(text: str, console: Console) -> Text:

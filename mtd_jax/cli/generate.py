@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mtd_jax.cli import arguments
-from mtd_jax.cli.session import open_method, open_model, sampling_of
+from mtd_jax.cli.session import open_method, open_model, sampling_of, typical_length
 from mtd_jax.decoding.generate import Chunk, Completion, collect, generate
+from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.metrics import Metrics, total
 from mtd_jax.decoding.requests import DEFAULT_NEW_TOKENS, Prompt, read_prompts
 from mtd_jax.errors import InputError
@@ -61,10 +62,13 @@ def run(args: argparse.Namespace) -> int:
     if args.stream and args.batch_size > 1:
         raise InputError("--stream shows one answer at a time: leave out --batch-size")
     sampling = sampling_of(args)
-    method = open_method(args)
+    choice = open_method(args)
     prompts = [Prompt(id="0", text=args.prompt)] if args.prompt is not None else None
     prompts = prompts or read_prompts(args.prompts)
     model = open_model(args)
+    method = choice.fitted(
+        model, batch_size=args.batch_size, prompt_tokens=typical_length(model, prompts)
+    )
     budget = DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
     chunks = generate(
         model,
@@ -82,14 +86,15 @@ def run(args: argparse.Namespace) -> int:
     completions = collect(_with_progress(chunks, prompts, args), len(prompts))
     metrics = total([c.metrics for c in completions], args.batch_size)
     if args.json:
-        print(json.dumps(_report(args, completions, metrics), ensure_ascii=False))
+        report = _report(args, method, completions, metrics)
+        print(json.dumps(report, ensure_ascii=False))
         return 0
     if not args.stream:
         for completion in completions:
             if len(prompts) > 1:
                 print(f"--- {completion.id}")
             print(completion.text)
-    print(_summary(metrics), file=sys.stderr)
+    print(_summary(metrics, method), file=sys.stderr)
     return 0
 
 
@@ -129,7 +134,7 @@ def _with_progress(
 
 
 def _report(
-    args: argparse.Namespace, completions: list[Completion], metrics: Metrics
+    args: argparse.Namespace, method: Method, completions: list[Completion], metrics: Metrics
 ) -> dict[str, object]:
     outputs = [
         {
@@ -145,14 +150,18 @@ def _report(
     return {
         "model": args.model,
         "method": args.method,
+        "lossless": method.lossless,
         "outputs": outputs,
         "metrics": metrics.to_dict(),
     }
 
 
-def _summary(metrics: Metrics) -> str:
+def _summary(metrics: Metrics, method: Method) -> str:
+    length = metrics.mean_acceptance_length
+    drafts = "" if length is None else f"mean acceptance length {length:.2f}; "
+    lossy = "" if method.lossless else "LOSSY acceptance; "
     return (
         f"[{metrics.tokens} tokens in {metrics.seconds:.2f} s: "
         f"{metrics.tokens_per_second:.1f} tokens/s, prompt {metrics.prompt_seconds:.2f} s; "
-        f"compilation {metrics.compile_seconds:.1f} s apart]"
+        f"{drafts}{lossy}compilation {metrics.compile_seconds:.1f} s apart]"
     )

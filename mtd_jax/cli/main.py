@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from mtd_jax import __version__
-from mtd_jax.cli import bench, chat, convert, fetch, generate, inspect
+from mtd_jax.cli import bench, chat, convert, fetch, generate, inspect, tune, verify
 from mtd_jax.cli.arguments import Parser
 from mtd_jax.errors import InputError
 
@@ -28,7 +28,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(
         title="commands", dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )
-    for command in (fetch, convert, inspect, generate, chat, bench):
+    for command in (fetch, convert, inspect, generate, chat, bench, verify, tune):
         command.add_parser(commands)
     return parser
 

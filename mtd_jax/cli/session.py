@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,20 +14,24 @@ import jax
 from mtd_jax import methods, sharding
 from mtd_jax.cli.arguments import existing_path, parse_options
 from mtd_jax.convert.load import load
+from mtd_jax.convert.method_files import MethodFile, read_method
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
+from mtd_jax.decoding.requests import AnyPrompt, as_prompt, encode
 from mtd_jax.decoding.sampling import Sampling
 from mtd_jax.errors import InputError
+from mtd_jax.evaluation import step_cost
+
+
+def cache_directory() -> Path:
+    """`$MTD_CACHE_DIR`, else `$XDG_CACHE_HOME/mtd-jax`, else `~/.cache/mtd-jax`."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("MTD_CACHE_DIR") or str(Path(home) / "mtd-jax"))
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that only the first run of a shape compiles.
-
-    In `$MTD_CACHE_DIR`, else `$XDG_CACHE_HOME/mtd-jax`, else `~/.cache/mtd-jax`.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    directory = os.environ.get("MTD_CACHE_DIR") or str(Path(home) / "mtd-jax")
-    jax.config.update("jax_compilation_cache_dir", str(Path(directory) / "xla"))
+    """Keeps compiled programs on disk, so that only the first run of a shape compiles."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -37,20 +44,60 @@ def open_model(args: argparse.Namespace) -> LanguageModel:
     return load(path, dtype=args.dtype, mesh=mesh)
 
 
-def open_method(args: argparse.Namespace) -> Method:
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A method as it was asked for; checked, but not yet fitted to a model and a batch size."""
+
+    label: str
+    method: Method
+    file: MethodFile | None = None
+    heads: Path | None = None
+
+    def fitted(
+        self, model: LanguageModel, *, batch_size: int, prompt_tokens: int, fresh: bool = False
+    ) -> Method:
+        """The method ready to run: its heads are for this model, its costs are measured.
+
+        Args:
+          fresh: measure costs although they are known from an earlier run.
+        """
+        if self.file is not None and self.heads is not None:
+            self.file.check_base(model.fingerprint, self.heads)
+        cache = None if fresh else cache_directory() / "step-costs.json"
+        fitted: Method = step_cost.calibrated(
+            model, self.method, batch_size=batch_size, prompt_tokens=prompt_tokens, cache=cache
+        )
+        return fitted
+
+
+def choose_method(name: str, heads: str | None, options: Mapping[str, str], label: str) -> Choice:
+    """The method of that name with the options of its heads and, over them, `options`."""
+    if heads is None:
+        return Choice(label, methods.make_method(name, options))
+    directory = existing_path(heads, "heads")
+    file = read_method(directory)
+    if name in methods.METHODS and file.method != name:
+        raise InputError(f"{heads} is for method '{file.method}', not '{name}'")
+    made = methods.make_method(name, {**file.options, **options})
+    return Choice(label, made, file, directory)
+
+
+def open_method(args: argparse.Namespace) -> Choice:
     """The method of --method, --heads and --option."""
-    if args.heads is not None:
-        existing_path(args.heads, "heads")
-        raise InputError(f"method '{args.method}' has no heads: leave out --heads")
-    return methods.make_method(args.method, parse_options(args.option))
+    return choose_method(args.method, args.heads, parse_options(args.option), args.method)
+
+
+def typical_length(model: LanguageModel, prompts: Sequence[AnyPrompt]) -> int:
+    """The median of the prompts' lengths in tokens: where costs are measured."""
+    known = [as_prompt(p, i) for i, p in enumerate(prompts)]
+    lengths = [
+        len(encode(p, model.config, model.tokenizer, max_new_tokens=1, chat=None).token_ids)
+        for p in known
+    ]
+    return int(statistics.median_high(lengths))
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """The sampling flags, checked."""
-    return Sampling(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-    )
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    return Sampling(**{name: getattr(args, name) for name in names})

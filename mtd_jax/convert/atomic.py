@@ -43,6 +43,21 @@ def atomic_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Writes beside the file and renames: a killed run leaves the old one.
+
+    Raises:
+      InputError: writing fails.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
 def check_free(out: Path, *, force: bool = False) -> None:
     """Refuses an `out` that holds something; `force` allows to replace a checkpoint, nothing else.
 

@@ -6,6 +6,7 @@ estimated while decoding runs. Both are dynamic, so changing one's mind compiles
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -46,11 +47,12 @@ class AcceptanceRates(struct.PyTreeNode):
         """The rates after a step that drafted and accepted so many tokens; 0 drafts are no news."""
         rows = jnp.arange(kind.shape[0], dtype=jnp.int32)
         tried = accepted + (accepted < drafted).astype(jnp.int32)
-        news = drafted > 0
-        return AcceptanceRates(
-            (self.accepted * _FORGET).at[rows, kind].add(jnp.where(news, accepted, 0) * 1.0),
-            (self.tried * _FORGET).at[rows, kind].add(jnp.where(news, tried, 0) * 1.0),
-        )
+
+        def add(before: jax.Array, count: jax.Array) -> jax.Array:
+            news = jnp.where(drafted > 0, count, 0).astype(jnp.float32)
+            return (before * _FORGET).at[rows, kind].add(news)
+
+        return AcceptanceRates(add(self.accepted, accepted), add(self.tried, tried))
 
 
 def best_size(

@@ -6,10 +6,9 @@ Streaming and whole runs are one code path. `stream` yields what every drain of 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeAlias, cast, overload
+from typing import Literal, NamedTuple, TypeAlias, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import numpy as np
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.clock import Clock
 from mtd_jax.decoding.language_model import LanguageModel
-from mtd_jax.decoding.method import DecodeState, Method, Requests
+from mtd_jax.decoding.method import DecodeState, Method, Requests, Tally
 from mtd_jax.decoding.metrics import Metrics
 from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.requests import (
@@ -31,6 +30,7 @@ from mtd_jax.decoding.requests import (
 )
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.decoding.stopping import StopMatcher
+from mtd_jax.decoding.traffic import cache_bytes, weight_bytes
 from mtd_jax.errors import InputError
 from mtd_jax.tokenizer import TextStream, Tokenizer
 
@@ -229,21 +229,25 @@ def _decode_batch(
     tokens, lengths, wanted = _batch_arrays(model, rows, samplings, stop_ids, batch_size)
     capacity = engine.prompt_capacity(model.params, method, tokens.shape[1])
     metrics = Metrics()
-    with _mesh_of(model):
+    with model.on_mesh():
         with Clock() as clock:
             state, output = engine.start(method, model.params, tokens, lengths, wanted, capacity)
-            counts, emitted, active = _drain(output, state)
+            drained = _drain(output, state)
         metrics = metrics.with_prompt(clock)
+    costs = _Traffic(method, model, len(rows))
     while True:
         for i, row in enumerate(rows):
             if not row.finished:
-                yield row.take(emitted[i, : counts[i]], bool(active[i]), metrics)
-        keep = np.array([not row.finished for row in rows] + [False] * (len(active) - len(rows)))
+                news = drained.emitted[i, : drained.counts[i]]
+                tally = jax.tree.map(lambda x, i=i: x[i], drained.tally)
+                yield row.take(news, bool(drained.active[i]), costs.added(metrics, tally, row))
+        filling = len(drained.active) - len(rows)
+        keep = np.array([not row.finished for row in rows] + [False] * filling)
         if not keep.any():
             return
-        with _mesh_of(model), Clock() as clock:
+        with model.on_mesh(), Clock() as clock:
             state, output = engine.run(method, model.params, state, rounds, keep)
-            counts, emitted, active = _drain(output, state)
+            drained = _drain(output, state)
         metrics = metrics.with_steps(clock)
 
 
@@ -271,12 +275,41 @@ def _batch_arrays(
     return jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32), wanted
 
 
-def _drain(output: engine.Output, state: DecodeState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return jax.device_get((output.count, output.tokens, state.active))
+class _Drained(NamedTuple):
+    """What the host takes off the device between calls, a row for each of the batch."""
+
+    counts: np.ndarray
+    emitted: np.ndarray
+    active: np.ndarray
+    tally: Tally
 
 
-def _mesh_of(model: LanguageModel) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh)
+def _drain(output: engine.Output, state: DecodeState) -> _Drained:
+    wanted = (output.count, output.tokens, state.active, state.tally)
+    return _Drained(*jax.device_get(wanted))
+
+
+class _Traffic:
+    """Turns a row's tally into figures; what a pass must read is worked out once for a batch."""
+
+    def __init__(self, method: Method, model: LanguageModel, batch: int) -> None:
+        self._params = model.params
+        self._batch = batch
+        self._step = weight_bytes(model.params)
+        self._draft = method.draft_bytes(model.params)
+
+    def added(self, metrics: Metrics, tally: Tally, row: _Row) -> Metrics:
+        """The times with what the row's tally says beside them."""
+        forwards, drafted = int(tally.forwards), int(tally.drafted)
+        length = len(row.request.token_ids) + row.tokens / 2
+        step = self._step + cache_bytes(self._params, self._batch, length)
+        return dataclasses.replace(
+            metrics,
+            forwards=forwards,
+            drafted=drafted,
+            histogram=tuple(int(n) for n in tally.histogram) if drafted else (),
+            bytes_read=max(forwards - 1, 0) * step + drafted * self._draft,
+        )
 
 
 class _Row:
@@ -296,7 +329,7 @@ class _Row:
         self._stop_ids = frozenset(stop_ids)
         self._text = None if tokenizer is None else TextStream(tokenizer)
         self._matcher = StopMatcher(stop)
-        self._tokens = 0
+        self.tokens = 0
 
     def take(self, tokens: np.ndarray, active: bool, metrics: Metrics) -> Chunk:
         """What the newest tokens add; `active` is False where the engine ended the row."""
@@ -311,7 +344,7 @@ class _Row:
         self.finished = self._matcher.stopped or not active
         if self.finished and self._text is not None:
             text += self._matcher.push(self._text.flush()) + self._matcher.flush()
-        self._tokens += len(taken)
+        self.tokens += len(taken)
         return Chunk(
             index=self.index,
             id=self.request.id,
@@ -319,7 +352,7 @@ class _Row:
             token_ids=tuple(taken),
             prompt_tokens=len(self.request.token_ids),
             finish_reason=self._reason(taken) if self.finished else None,
-            metrics=metrics.of_tokens(self._tokens),
+            metrics=dataclasses.replace(metrics, tokens=self.tokens),
         )
 
     def _reason(self, taken: list[int]) -> FinishReason:

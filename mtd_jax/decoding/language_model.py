@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
+import jax
 from jax.sharding import Mesh
 
 from mtd_jax.config import ModelConfig
@@ -34,3 +36,7 @@ class LanguageModel:
     def batch_multiple(self) -> int:
         """Batches are filled up to a multiple of this, so that the mesh divides them."""
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[object]:
+        """Programs that run inside are spread over the model's mesh, if it has one."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

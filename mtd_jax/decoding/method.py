@@ -143,6 +143,9 @@ class Method(Protocol):
     def rows_per_step(self) -> int:
         """The most cache slots that a step writes behind a row's committed length."""
 
+    def draft_bytes(self, params: Parameters) -> int:
+        """Bytes of weights that making one draft reads."""
+
     def prefill(
         self,
         params: Parameters,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
 
 from mtd_jax.decoding.clock import Clock
 
@@ -12,6 +14,7 @@ from mtd_jax.decoding.clock import Clock
 class Metrics:
     """Figures of one prompt or of many; seconds contain neither compilation nor printing."""
 
+    prompts: int = 1
     tokens: int = 0
     """New tokens."""
     seconds: float = 0.0
@@ -20,6 +23,14 @@ class Metrics:
     """The part of it up to the first token."""
     compile_seconds: float = 0.0
     """Compilation beside it: 0 after warm-up."""
+    forwards: int = 0
+    """Passes through the whole model that emitted tokens, the prompt's among them."""
+    drafted: int = 0
+    """Drafts that were verified."""
+    histogram: tuple[int, ...] = ()
+    """Steps with drafts, by how many of them were accepted: 0, 1, ..., the bonus token excluded."""
+    bytes_read: float = 0.0
+    """Weights, keys and values that the steps behind the first token had to read."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -27,10 +38,37 @@ class Metrics:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     @property
+    def decode_seconds(self) -> float:
+        """The seconds behind the first token."""
+        return self.seconds - self.prompt_seconds
+
+    @property
     def decode_tokens_per_second(self) -> float:
         """Tokens behind the first over the seconds behind it: the speed of the loop alone."""
-        seconds = self.seconds - self.prompt_seconds
-        return (self.tokens - 1) / seconds if self.tokens > 1 and seconds > 0 else 0.0
+        later = self.tokens - self.prompts
+        return later / self.decode_seconds if later > 0 and self.decode_seconds > 0 else 0.0
+
+    @property
+    def spec_steps(self) -> int:
+        """Steps that had drafts."""
+        return sum(self.histogram)
+
+    @property
+    def accepted(self) -> int:
+        """Drafts accepted."""
+        return sum(length * steps for length, steps in enumerate(self.histogram))
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """1 + accepted / steps, steps without drafts left out; None if there was none with."""
+        return 1 + self.accepted / self.spec_steps if self.spec_steps else None
+
+    @property
+    def per_position_acceptance(self) -> list[float]:
+        """How often the draft at each position was accepted, of all steps with drafts."""
+        steps = self.spec_steps
+        behind = [sum(self.histogram[i:]) for i in range(1, len(self.histogram))]
+        return [count / steps for count in behind] if steps else []
 
     def with_prompt(self, clock: Clock) -> Metrics:
         """Adds the call that read the prompt."""
@@ -49,12 +87,9 @@ class Metrics:
             compile_seconds=self.compile_seconds + clock.compile_seconds,
         )
 
-    def of_tokens(self, tokens: int) -> Metrics:
-        """The same times for this many tokens."""
-        return dataclasses.replace(self, tokens=tokens)
-
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
+        later = self.tokens - self.prompts
         return {
             "tokens": self.tokens,
             "seconds": round(self.seconds, 6),
@@ -62,18 +97,38 @@ class Metrics:
             "decode_tokens_per_second": round(self.decode_tokens_per_second, 3),
             "prompt_seconds": round(self.prompt_seconds, 6),
             "compile_seconds": round(self.compile_seconds, 6),
+            "tokens_per_forward": _rounded(self.tokens, self.forwards),
+            "bytes_read_per_token": round(self.bytes_read / later) if later > 0 else None,
+            "mean_acceptance_length": _rounded(self.accepted + self.spec_steps, self.spec_steps),
+            "draft_acceptance_rate": _rounded(self.accepted, self.drafted),
+            "acceptance_histogram": list(self.histogram),
+            "per_position_acceptance": [round(x, 4) for x in self.per_position_acceptance],
+            "num_spec_steps": self.spec_steps,
+            "num_accepted_draft_tokens": self.accepted,
+            "num_draft_tokens": self.drafted,
         }
 
 
 def total(parts: Sequence[Metrics], batch_size: int) -> Metrics:
     """Sum over a run whose prompts were decoded `batch_size` at a time, in order.
 
-    The prompts of a batch ran side by side: their tokens add up, their seconds do not.
+    The prompts of a batch ran side by side: their tokens add up, their seconds and the bytes that
+    were read for all of them do not.
     """
     batches = [parts[i : i + batch_size] for i in range(0, len(parts), batch_size)]
+    columns = zip_longest(*(p.histogram for p in parts), fillvalue=0)
     return Metrics(
+        prompts=sum(p.prompts for p in parts),
         tokens=sum(p.tokens for p in parts),
         seconds=sum(max(p.seconds for p in batch) for batch in batches),
         prompt_seconds=sum(max(p.prompt_seconds for p in batch) for batch in batches),
         compile_seconds=sum(max(p.compile_seconds for p in batch) for batch in batches),
+        forwards=sum(p.forwards for p in parts),
+        drafted=sum(p.drafted for p in parts),
+        histogram=tuple(sum(column) for column in columns),
+        bytes_read=sum(max(p.bytes_read for p in batch) for batch in batches),
     )
+
+
+def _rounded(amount: float, parts: float) -> float | None:
+    return round(amount / parts, 4) if parts else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import jax
 import numpy as np
 
@@ -37,6 +35,5 @@ def logits(model: LanguageModel, token_ids: object) -> Float[Array, "B T V"]:
         raise InputError(
             f"{ids.shape[1]} tokens are more than the context of {model.config.context_length}"
         )
-    mesh = contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh)
-    with mesh:
+    with model.on_mesh():
         return _forward(model.params, ids.astype(np.int32))

@@ -1,15 +1,15 @@
 """How fast the methods decode, measured beside each other in one run.
 
 Machines drift by tens of percent within minutes, so no figure is compared with one from another
-run: repeats interleave the methods, every speed-up is the median of ratios within a repeat, and the
-bandwidth is measured between them.
+run: the methods take turns batch by batch, every speed-up is the median of ratios within a repeat,
+and the bandwidth is measured between them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,16 @@ from mtd_jax.decoding.generate import Completion, generate
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.metrics import Metrics, total
-from mtd_jax.decoding.requests import AnyPrompt
+from mtd_jax.decoding.requests import AnyPrompt, Prompt, as_prompt
 from mtd_jax.decoding.sampling import Sampling
-from mtd_jax.evaluation.roofline import cache_bytes, memory_bandwidth, weight_bytes
+from mtd_jax.evaluation.roofline import memory_bandwidth
 
 BASELINE = "ar"
+_SLOWER = 0.98
+"""Below this a method is called slower; in between, the machine's noise decides."""
+
+Runs = Mapping[str, list[list[Completion]]]
+"""By method: its completions of all prompts, for every repeat."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +43,22 @@ class Row:
     spread: float
     """(slowest to fastest repeat) / median of tokens_per_second."""
     speedup_vs_ar: float | None
-    """Median over repeats of the ratio to ar in the same repeat; None without ar in the run."""
-    mean_acceptance_length: float | None
-    """None for a method that drafts nothing."""
+    """Median over repeats of the ratio of decode seconds to ar's in the same repeat, token for
+    token; None without ar in the run."""
     roofline_share: float
     """Bytes that decoding must read, per second, over the bandwidth."""
     identical_to_ar: bool | None
     """Token for token on every prompt; None without ar in the run."""
+    lossless: bool
+    """By the method's construction."""
+    verdict: str
+    """`faster`, `as fast`, `slower` than ar, or empty without ar in the run."""
+    by_category: dict[str, dict[str, Any]]
+    """speedup_vs_ar and acceptance of the prompts of each category, where prompts have one."""
     compile_seconds: float
     """Of the warm-up; in none of the speeds."""
-    tokens: int
+    metrics: Metrics
+    """Of the first repeat, all prompts together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +72,7 @@ class BenchResult:
 
 def bench(
     model: LanguageModel,
-    methods: Sequence[Method],
+    methods: Mapping[str, Callable[[int], Method]],
     prompts: Sequence[AnyPrompt],
     *,
     batch_sizes: Sequence[int] = (1,),
@@ -73,121 +84,150 @@ def bench(
 ) -> BenchResult:
     """Runs every method at every batch size on the same prompts, `repeats` times.
 
-    `progress` is called before each pass with what it is; there are
-    len(batch_sizes) * len(methods) * (repeats + 1) passes.
+    Args:
+      methods: label -> the method for a batch size; `ar` is what the others are compared with.
+      progress: is called before each piece of work with what it is, `passes(...)` times.
     """
+    prompts = [as_prompt(p, i) for i, p in enumerate(prompts)]
     bandwidth = memory_bandwidth()
     rows = []
     for batch_size in batch_sizes:
+        made = {label: make(batch_size) for label, make in methods.items()}
 
-        def decode(method: Method, what: str, size: int = batch_size) -> list[Completion]:
-            progress(f"{method.name}, batch {size}, {what}")
+        def decode(
+            label: str,
+            part: Sequence[Prompt],
+            what: str,
+            size: int = batch_size,
+            made: dict[str, Method] = made,
+        ) -> list[Completion]:
+            progress(f"{label}, batch {size}, {what}")
             return generate(
                 model,
-                method,
-                list(prompts),
+                made[label],
+                part,
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
                 batch_size=size,
                 ignore_eos=ignore_eos,
             )
 
-        warm = {m.name: decode(m, "warm-up") for m in methods}
-        runs: dict[str, list[list[Completion]]] = {m.name: [] for m in methods}
+        warm = {label: decode(label, prompts, "warm-up") for label in made}
+        runs: dict[str, list[list[Completion]]] = {label: [] for label in made}
         for repeat in range(repeats):
-            for method in methods:
-                runs[method.name].append(decode(method, f"run {repeat + 1}/{repeats}"))
+            for label in made:
+                runs[label].append([])
+            for first in range(0, len(prompts), batch_size):
+                part = prompts[first : first + batch_size]
+                for label in made:
+                    runs[label][-1] += decode(label, part, f"run {repeat + 1}/{repeats}")
             bandwidth = max(bandwidth, memory_bandwidth())
-        rows += [
-            _row(model, m.name, batch_size, runs, total(_metrics(warm[m.name]), batch_size))
-            for m in methods
-        ]
+        for label, method in made.items():
+            compiled = total([c.metrics for c in warm[label]], batch_size).compile_seconds
+            rows.append(_row(label, method, batch_size, runs, prompts, compiled))
     # Simulated CPU devices share one memory; others bring their own.
     if model.mesh is not None and jax.default_backend() != "cpu":
         bandwidth *= model.mesh.size
     return BenchResult(bandwidth, [_with_bandwidth(row, bandwidth) for row in rows])
 
 
+def passes(methods: int, prompts: int, batch_sizes: Sequence[int], repeats: int) -> int:
+    """How often `bench` calls its `progress`."""
+    return sum(methods * (1 + repeats * -(-prompts // size)) for size in batch_sizes)
+
+
 def to_json(result: BenchResult) -> dict[str, Any]:
     """The result as JSON-ready values, bandwidth in GB/s."""
-    return {
-        "bandwidth_gb_s": round(result.bandwidth / 1e9, 2),
-        "rows": [
-            {
-                k: round(v, 4) if isinstance(v, float) else v
-                for k, v in dataclasses.asdict(r).items()
-            }
-            for r in result.rows
-        ],
-    }
+    rows = []
+    for row in result.rows:
+        values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+        metrics = values.pop("metrics").to_dict()
+        for name in ("tokens_per_second", "decode_tokens_per_second", "compile_seconds"):
+            del metrics[name]  # the row has medians of them
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+        rows.append(rounded | metrics)
+    return {"bandwidth_gb_s": round(result.bandwidth / 1e9, 2), "rows": rows}
 
 
 def _row(
-    model: LanguageModel,
-    name: str,
+    label: str,
+    method: Method,
     batch_size: int,
-    runs: dict[str, list[list[Completion]]],
-    warm: Metrics,
+    runs: Runs,
+    prompts: Sequence[Prompt],
+    compile_seconds: float,
 ) -> Row:
-    totals = [total(_metrics(run), batch_size) for run in runs[name]]
+    totals = [total([c.metrics for c in run], batch_size) for run in runs[label]]
     speeds = [m.tokens_per_second for m in totals]
     speed = statistics.median(speeds)
-    decode = statistics.median(_decode_rate(run, batch_size) for run in runs[name])
-    speedup, identical = None, None
+    speedup = identical = None
+    verdict = ""
     if BASELINE in runs:
-        base = [total(_metrics(run), batch_size).tokens_per_second for run in runs[BASELINE]]
-        speedup = statistics.median(a / b for a, b in zip(speeds, base, strict=True))
-        identical = _tokens(runs[name][0]) == _tokens(runs[BASELINE][0])
+        speedup = _speedup(runs, label, batch_size)
+        identical = _tokens(runs[label][0]) == _tokens(runs[BASELINE][0])
+        verdict = "faster" if speedup > 1 / _SLOWER else "as fast"
+        verdict = "slower" if speedup < _SLOWER else verdict
     return Row(
-        method=name,
+        method=label,
         batch_size=batch_size,
         tokens_per_second=speed,
-        decode_tokens_per_second=decode,
+        decode_tokens_per_second=statistics.median(m.decode_tokens_per_second for m in totals),
         spread=(max(speeds) - min(speeds)) / speed,
         speedup_vs_ar=speedup,
-        mean_acceptance_length=None,
-        roofline_share=_bytes_per_second(model, runs[name], batch_size),
+        roofline_share=statistics.median(_ratio(m.bytes_read, m.decode_seconds) for m in totals),
         identical_to_ar=identical,
-        compile_seconds=warm.compile_seconds,
-        tokens=totals[0].tokens,
+        lossless=method.lossless,
+        verdict=verdict,
+        by_category=_by_category(runs, label, batch_size, prompts),
+        compile_seconds=compile_seconds,
+        metrics=totals[0],
     )
+
+
+def _by_category(
+    runs: Runs, label: str, batch_size: int, prompts: Sequence[Prompt]
+) -> dict[str, dict[str, Any]]:
+    """Whole batches only: one of mixed categories belongs to none."""
+    batches = [
+        range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)
+    ]
+    found: dict[str, list[int]] = {}
+    for batch in batches:
+        categories = {prompts[i].category for i in batch}
+        category = categories.pop()
+        if category is not None and not categories:
+            found.setdefault(category, []).extend(batch)
+    report = {}
+    for category, chosen in sorted(found.items()):
+        part = {m: [[run[i] for i in chosen] for run in rs] for m, rs in runs.items()}
+        metrics = total([c.metrics for c in part[label][0]], batch_size)
+        length = metrics.mean_acceptance_length
+        report[category] = {
+            "prompts": len(chosen),
+            "speedup_vs_ar": round(_speedup(part, label, batch_size), 4)
+            if BASELINE in runs
+            else None,
+            "mean_acceptance_length": None if length is None else round(length, 4),
+            "tokens_per_forward": round(_ratio(metrics.tokens, metrics.forwards), 4),
+        }
+    return report
+
+
+def _speedup(runs: Runs, label: str, batch_size: int) -> float:
+    """Median over the repeats of decode speed over that of ar in the same repeat."""
+    ratios = []
+    for mine, base in zip(runs[label], runs[BASELINE], strict=True):
+        ours, theirs = (total([c.metrics for c in run], batch_size) for run in (mine, base))
+        ratios.append(_ratio(ours.decode_tokens_per_second, theirs.decode_tokens_per_second))
+    return statistics.median(ratios)
+
+
+def _ratio(amount: float, parts: float) -> float:
+    return amount / parts if parts > 0 else 0.0
 
 
 def _with_bandwidth(row: Row, bandwidth: float) -> Row:
     return dataclasses.replace(row, roofline_share=row.roofline_share / bandwidth)
-
-
-def _bytes_per_second(
-    model: LanguageModel, runs: Sequence[list[Completion]], batch_size: int
-) -> float:
-    """Bytes that one-token steps must read, over the decode time; median over the repeats."""
-    rates = []
-    for run in runs:
-        read, seconds = 0.0, 0.0
-        for first in range(0, len(run), batch_size):
-            batch = run[first : first + batch_size]
-            steps = max(len(c.token_ids) for c in batch) - 1
-            length = statistics.mean(c.prompt_tokens + len(c.token_ids) / 2 for c in batch)
-            step = weight_bytes(model.params) + cache_bytes(model.params, len(batch), length)
-            read += steps * step
-            seconds += _decode_seconds(batch)
-        rates.append(read / seconds if seconds > 0 else 0.0)
-    return statistics.median(rates)
-
-
-def _decode_rate(run: list[Completion], batch_size: int) -> float:
-    batches = [run[i : i + batch_size] for i in range(0, len(run), batch_size)]
-    seconds = sum(_decode_seconds(batch) for batch in batches)
-    tokens = sum(len(c.token_ids) - 1 for c in run)
-    return tokens / seconds if seconds > 0 else 0.0
-
-
-def _decode_seconds(batch: Sequence[Completion]) -> float:
-    return max(c.metrics.seconds - c.metrics.prompt_seconds for c in batch)
-
-
-def _metrics(run: list[Completion]) -> list[Metrics]:
-    return [completion.metrics for completion in run]
 
 
 def _tokens(run: list[Completion]) -> list[tuple[int, ...]]:

@@ -16,9 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtd_jax.parameters import size_in_bytes
-from mtd_jax.transformer.model import Parameters
-
 _CPU_BYTES = 2**29
 _DEVICE_BYTES = 2**32
 _TRIALS = 5
@@ -29,22 +26,6 @@ def memory_bandwidth() -> float:
     if jax.default_backend() == "cpu":
         return _best_rate(*_cpu_reader())
     return _best_rate(*_device_reader())
-
-
-def weight_bytes(params: Parameters) -> int:
-    """Bytes of weights that a decode step must read, on all devices together.
-
-    The embedding counts only where it is the output head as well; else a step reads a row of it.
-    """
-    total = size_in_bytes(params)
-    return total if params.head is None else total - size_in_bytes(params.embedding)
-
-
-def cache_bytes(params: Parameters, batch: int, length: float) -> float:
-    """Bytes of keys and values that a step must read for rows that are `length` tokens long."""
-    config = params.config
-    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return batch * length * row * np.dtype(params.embedding.dtype).itemsize
 
 
 def _best_rate(read: Callable[[], object], size: int) -> float:

@@ -18,6 +18,8 @@ from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.methods.autoregressive import Autoregressive
 from mtd_jax.methods.ngram import NGram
 from mtd_jax.methods.prompt_lookup import PromptLookup
+from mtd_jax.methods.self_speculative import SelfSpeculative
+from mtd_jax.transformer.stack import Skip
 
 Drafts = int | Literal["auto"]
 """Tokens drafted a step; `auto` weighs measured costs against measured acceptance, 0 included."""
@@ -62,11 +64,55 @@ def prompt_lookup(
     return _copying(PromptLookup, drafts, longest, "", acceptance)
 
 
+def self_speculative(
+    skip_attention: str = "",
+    skip_mlp: str = "",
+    drafts: Drafts = "auto",
+    threshold: float = 0.6,
+    target_acceptance: float = 0.9,
+) -> SelfSpeculative:
+    """The model drafts for itself with some sublayers left out (`self_speculative`).
+
+    Args:
+      skip_attention: layers whose attention drafts leave out: `3,8,10-14`.
+      skip_mlp: layers whose MLP drafts leave out.
+      drafts: the most tokens drafted a step, or `auto`.
+      threshold: drafting ends behind a token less probable than this; it then adapts. 0: never.
+      target_acceptance: share of drafts accepted that the threshold steers towards.
+    """
+    for name, value in (("threshold", threshold), ("target_acceptance", target_acceptance)):
+        if not 0.0 <= value <= 1.0:
+            raise InputError(f"{name} must be between 0 and 1, got {value}")
+    skip = Skip(_layers("skip_attention", skip_attention), _layers("skip_mlp", skip_mlp))
+    if not skip.attention and not skip.mlp:
+        raise InputError(
+            "self_speculative needs layers to skip: find them with `mtd tune self-speculative` and "
+            "give its result as --heads, or give the options skip_attention and skip_mlp"
+        )
+    if drafts == "auto":
+        sizes: tuple[int, ...] = _AUTO_SIZES[:3]
+        costs = [backend.relative_step_cost(size) + 0.6 * (size - 1) for size in sizes]
+    else:
+        if not 1 <= drafts < MAX_NODES:
+            raise InputError(f"drafts must be between 1 and {MAX_NODES - 1}, got {drafts}")
+        sizes = (*(size for size in _AUTO_SIZES[1:] if size <= drafts), drafts + 1)
+        costs = [1.0] * len(sizes)
+    return SelfSpeculative(
+        costs=jnp.asarray(costs, jnp.float32),
+        threshold=jnp.float32(threshold),
+        skip=skip,
+        sizes=sizes,
+        target_acceptance=target_acceptance,
+        auto=drafts == "auto",
+    )
+
+
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
     {
         Autoregressive.name: autoregressive,
         NGram.name: ngram,
         PromptLookup.name: prompt_lookup,
+        SelfSpeculative.name: self_speculative,
     }
 )
 
@@ -109,18 +155,29 @@ def _copying(
             raise InputError(f"drafts must be between 0 and {MAX_NODES - 1}, got {drafts}")
         tree = TokenTree.chain(drafts)
         sizes = (1, tree.size) if drafts else (1,)
-    if drafts == "auto" and not branches:
-        costs = [backend.relative_step_cost(size) for size in sizes]
-    else:
-        # As many as asked for, wherever there is anything to verify.
-        costs = [1.0] * len(sizes)
+    auto = drafts == "auto" and not branches
+    # If not: as many as asked for, wherever there is anything to verify.
+    costs = [backend.relative_step_cost(size) if auto else 1.0 for size in sizes]
     return kind(
         costs=jnp.asarray(costs, jnp.float32),
+        auto=auto,
         tree=tree,
         sizes=sizes,
         longest=longest,
         acceptance=acceptance,
     )
+
+
+def _layers(name: str, text: str) -> frozenset[int]:
+    """Layer numbers from `3,8,10-14`."""
+    found: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, dash, last = part.strip().partition("-")
+        ends = first, last if dash else first
+        if not all(end.isdecimal() and len(end) < 6 for end in ends):
+            raise InputError(f"{name} takes layer numbers like 3,8,10-14, got '{part[:40]}'")
+        found.update(range(int(ends[0]), int(ends[1]) + 1))
+    return frozenset(found)
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
@@ -131,8 +188,9 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
             choices += typing.get_args(part)
             if value in typing.get_args(part):
                 return value
-        elif isinstance(value, part) and not isinstance(value, bool):
-            return value
+        elif isinstance(value, (int, float) if part is float else part):
+            if not isinstance(value, bool):
+                return value
         elif isinstance(value, str):
             try:
                 return part(value)

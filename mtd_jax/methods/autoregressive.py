@@ -31,6 +31,10 @@ class Autoregressive(struct.PyTreeNode):
         """One cache slot a step."""
         return 1
 
+    def draft_bytes(self, params: Parameters) -> int:
+        """There are no drafts."""
+        return 0
+
     def prefill(
         self,
         params: Parameters,

@@ -31,6 +31,8 @@ class Copying(struct.PyTreeNode):
     longest: int = struct.field(pytree_node=False)
     """The longest match that is told from longer ones."""
     acceptance: Acceptance = struct.field(pytree_node=False, default="exact")
+    auto: bool = struct.field(pytree_node=False, default=False)
+    """Whether `costs` are to be measured and the number of drafts follows from them."""
 
     name: ClassVar[str]
 
@@ -52,6 +54,10 @@ class Copying(struct.PyTreeNode):
     def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, " B"]]:
         """Drafts for nodes 1, 2, ... (-1: none), and the length of their match: 0..longest."""
         raise NotImplementedError
+
+    def draft_bytes(self, params: Parameters) -> int:
+        """Drafts come from the text."""
+        return 0
 
     def prefill(
         self,

@@ -77,11 +77,17 @@ def decode_range(
     rows: Rows,
     slots: Int[Array, "B T"],
     skip: Skip | None = None,
+    keep: Bool[Array, "L 2"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs layers start..stop-1 on rows `x`, storing their keys and values at `slots`.
 
     `cache.length` is left alone: what is committed is the caller's decision. A slot at or beyond
-    the cache's capacity is not written. A skipped attention writes no keys and values.
+    the cache's capacity is not written.
+
+    Args:
+      skip: sublayers that are not computed; a skipped attention writes no keys and values.
+      keep: attention and MLP of each layer whose result counts. They are computed all the same, so
+        that trying another set compiles nothing.
     """
 
     def body(
@@ -100,8 +106,12 @@ def decode_range(
             return heads, written
 
         if not without[0]:
-            x, cache = apply_attention(config, block, x, rows.angles, attention)
-        return (x if without[1] else apply_mlp(config, block, x)), cache
+            after, cache = apply_attention(config, block, x, rows.angles, attention)
+            x = after if keep is None else jnp.where(keep[layer, 0], after, x)
+        if not without[1]:
+            after = apply_mlp(config, block, x)
+            x = after if keep is None else jnp.where(keep[layer, 1], after, x)
+        return x, cache
 
     skip = skip or Skip()
     carry = (x, cache)

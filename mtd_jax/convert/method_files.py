@@ -1,0 +1,68 @@
+"""A method's settings on disk: `DIR/method.json`, with the fingerprint of the base they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtd_jax.convert.atomic import write_file
+from mtd_jax.errors import InputError
+
+FILE = "method.json"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodFile:
+    """What `method.json` says."""
+
+    method: str
+    options: Mapping[str, Any]
+    """As for `--option`."""
+    base: str
+    """Fingerprint of the model they were found for."""
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """How they were found, for people."""
+
+    def check_base(self, fingerprint: str, path: Path) -> None:
+        """Refuses another model than the one the settings are for.
+
+        Raises:
+          InputError: the fingerprints differ.
+        """
+        if self.base != fingerprint:
+            raise InputError(f"{path} was made for another base model ({self.base[:12]}...)")
+
+
+def read_method(directory: Path) -> MethodFile:
+    """The settings in a directory.
+
+    Raises:
+      InputError: there are none, or they are not what `write_method` writes.
+    """
+    path = directory / FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no {FILE} in {directory}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != _FORMAT:
+        raise InputError(f"{path} is not format {_FORMAT} of a method's settings")
+    method, options, base = (values.get(key) for key in ("method", "options", "base"))
+    if not (isinstance(method, str) and isinstance(options, dict) and isinstance(base, str)):
+        raise InputError(f"{path} must hold 'method', 'options' and 'base'")
+    return MethodFile(method, options, base, values.get("record") or {})
+
+
+def write_method(directory: Path, settings: MethodFile) -> None:
+    """Writes the settings, over older ones.
+
+    Raises:
+      InputError: the directory cannot be made or written.
+    """
+    values = {"format": _FORMAT, **dataclasses.asdict(settings)}
+    write_file(directory / FILE, json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,127 @@
+"""Does a method emit what plain decoding emits? Answered on anyone's own model and prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtd_jax.decoding.generate import Completion, generate
+from mtd_jax.decoding.language_model import LanguageModel
+from mtd_jax.decoding.method import Method
+from mtd_jax.decoding.prompt import bucket_prompt
+from mtd_jax.decoding.requests import AnyPrompt, as_prompt, encode
+from mtd_jax.decoding.score import logits
+from mtd_jax.methods import autoregressive
+
+FLOAT32_GAP = 1e-4
+"""Logits nearer than this are a tie that the rounding of a product with more rows may break."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One prompt."""
+
+    id: str
+    tokens: int
+    """That ar emitted."""
+    identical: bool
+    position: int | None
+    """The first new token that differs, from 0; None where none does."""
+    logit_gap: float | None
+    """There: how far the lower one of the two tokens is below the greatest logit."""
+    allowed_gap: float | None
+    """What rounding explains: 1e-4 in float32, one unit in the last place in bfloat16."""
+
+    @property
+    def passed(self) -> bool:
+        """Identical, or parted by a tie."""
+        if self.logit_gap is None or self.allowed_gap is None:
+            return self.identical
+        return self.logit_gap <= self.allowed_gap
+
+
+@dataclasses.dataclass(frozen=True)
+class LosslessReport:
+    """All prompts."""
+
+    comparisons: list[Comparison]
+
+    @property
+    def passed(self) -> bool:
+        """All of them did."""
+        return all(c.passed for c in self.comparisons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "passed": self.passed,
+            "prompts": len(self.comparisons),
+            "identical": sum(c.identical for c in self.comparisons),
+            "ties": sum(c.passed and not c.identical for c in self.comparisons),
+            "failed": sum(not c.passed for c in self.comparisons),
+            "tokens": sum(c.tokens for c in self.comparisons),
+            "comparisons": [dataclasses.asdict(c) | {"passed": c.passed} for c in self.comparisons],
+        }
+
+
+def verify(
+    model: LanguageModel,
+    method: Method,
+    prompts: Sequence[AnyPrompt],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> LosslessReport:
+    """Decodes every prompt greedily with ar alone and with the method, and compares the tokens.
+
+    `progress` is called twice a batch.
+    """
+    known = [as_prompt(p, i) for i, p in enumerate(prompts)]
+    found = []
+    for first in range(0, len(known), batch_size):
+        part = known[first : first + batch_size]
+        # The baseline one prompt at a time: a batch must not change an answer either.
+        progress(f"ar, prompt {first + 1}")
+        plain = generate(model, autoregressive(), part, max_new_tokens=max_new_tokens)
+        progress(f"{method.name}, prompt {first + 1}")
+        other = generate(model, method, part, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        for prompt, ours, theirs in zip(part, other, plain, strict=True):
+            ids = encode(
+                prompt, model.config, model.tokenizer, max_new_tokens=max_new_tokens, chat=None
+            ).token_ids
+            found.append(_compare(model, ids, ours, theirs))
+    return LosslessReport(found)
+
+
+def _compare(
+    model: LanguageModel, prompt: tuple[int, ...], ours: Completion, plain: Completion
+) -> Comparison:
+    tokens = len(plain.token_ids)
+    if ours.token_ids == plain.token_ids:
+        return Comparison(plain.id, tokens, True, None, None, None)
+    pairs = zip(ours.token_ids, plain.token_ids, strict=False)
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if position is None:  # one is the beginning of the other: no tie explains that
+        shorter = min(len(ours.token_ids), tokens)
+        return Comparison(plain.id, tokens, False, shorter, None, None)
+    text = [*prompt, *plain.token_ids[:position]]
+    # Padded, so that few lengths are compiled; dynamic NTK would see the padding.
+    padded = len(text) if model.config.rope.kind == "dynamic" else bucket_prompt(len(text))
+    padded = min(padded, model.config.context_length)
+    ids = np.zeros((model.batch_multiple, padded), np.int32)
+    ids[:, : len(text)] = text
+    row = np.asarray(logits(model, ids)[0, len(text) - 1])
+    lower = min(row[ours.token_ids[position]], row[plain.token_ids[position]])
+    gap = float(row.max() - lower)
+    return Comparison(plain.id, tokens, False, position, gap, _allowed(model, float(row.max())))
+
+
+def _allowed(model: LanguageModel, logit: float) -> float:
+    if str(model.params.embedding.dtype) == "float32":
+        return FLOAT32_GAP
+    bits = 8 if str(model.params.embedding.dtype) == "bfloat16" else 11
+    return float(2.0 ** (np.floor(np.log2(max(abs(logit), 1e-6))) - bits + 1))

@@ -1,0 +1,82 @@
+"""Pictures of measurements; needs the `plot` extra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtd_jax.errors import InputError
+
+
+def require_matplotlib() -> None:
+    """Refuses to go on where nothing can be drawn: before a long measurement, not behind it.
+
+    Raises:
+      InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("plots need matplotlib: pip install 'mtd-jax[plot]'") from None
+
+
+def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Speed-up by batch size, and how many drafts the steps accepted; `rows` as in bench's JSON."""
+    from matplotlib.figure import Figure
+
+    drafting = [row for row in rows if sum(row["acceptance_histogram"])]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sizes = sorted({row["batch_size"] for row in rows})
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = {r["batch_size"]: r["speedup_vs_ar"] for r in rows if r["method"] == method}
+        known = [size for size in sizes if mine.get(size) is not None]
+        left.plot(
+            [sizes.index(s) for s in known], [mine[s] for s in known], marker="o", label=method
+        )
+    left.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    left.set(title="speed-up over ar", xlabel="batch size", ylabel="x", ylim=(0, None))
+    left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    left.legend()
+
+    smallest = [row for row in drafting if row["batch_size"] == sizes[0]]
+    width = 0.8 / max(len(smallest), 1)
+    for i, row in enumerate(smallest):
+        steps = sum(row["acceptance_histogram"])
+        shares = [count / steps for count in row["acceptance_histogram"]]
+        right.bar([x + i * width for x in range(len(shares))], shares, width, label=row["method"])
+    right.set(
+        title=f"drafts accepted a step (batch {sizes[0]})",
+        xlabel="accepted drafts",
+        ylabel="share of steps with drafts",
+    )
+    if smallest:
+        right.legend()
+    _save(figure, path)
+
+
+def plot_step_cost(curves: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """Cost of a verifying step by its rows, one row being 1, a curve for each label."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for label, costs in curves.items():
+        axes.plot(list(costs), list(costs.values()), marker="o", label=label)
+    axes.set(
+        title="cost of a verifying step", xlabel="rows", ylabel="times one row", ylim=(0, None)
+    )
+    axes.set_xscale("log", base=2)
+    ticks = sorted({rows for costs in curves.values() for rows in costs})
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path}: {error}") from None

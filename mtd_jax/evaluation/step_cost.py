@@ -1,0 +1,133 @@
+"""What a decode step costs by its number of rows, on this machine: what `auto` decides by."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtd_jax.decoding import engine
+from mtd_jax.decoding.language_model import LanguageModel
+from mtd_jax.decoding.method import Method, Requests
+from mtd_jax.decoding.prompt import bucket_prompt
+from mtd_jax.decoding.sampling import Sampling, SamplingRows
+from mtd_jax.evaluation import environment
+
+_ROUNDS = 4
+_TRIALS = 5
+
+
+def is_adaptive(method: Method) -> bool:
+    """Whether the method chooses its number of drafts by costs."""
+    return bool(getattr(method, "auto", False))
+
+
+def calibrated(
+    model: LanguageModel,
+    method: Any,
+    *,
+    batch_size: int = 1,
+    prompt_tokens: int = 64,
+    cache: Path | None = None,
+) -> Any:
+    """The method with the costs of its steps measured; methods without a choice stay as they are.
+
+    Takes about a second beside compiling the program that decoding needs anyway.
+
+    Args:
+      batch_size: prompts decoded together.
+      prompt_tokens: about how long they are.
+      cache: a JSON file where measured costs are kept, by model, machine, method and sizes.
+    """
+    if not is_adaptive(method):
+        return method
+    key = _key(model, method, batch_size, prompt_tokens)
+    known = _read(cache)
+    if key not in known:
+        known[key] = measure(model, method, batch_size=batch_size, prompt_tokens=prompt_tokens)
+        _write(cache, known)
+    return method.replace(costs=jnp.asarray(known[key], jnp.float32))
+
+
+def measure(
+    model: LanguageModel, method: Any, *, batch_size: int = 1, prompt_tokens: int = 64
+) -> list[float]:
+    """Seconds of a step for each of the method's sizes, drafts included.
+
+    The decode loop itself is timed, with costs that leave it no choice.
+    """
+    size = -(-batch_size // model.batch_multiple) * model.batch_multiple
+    padded = bucket_prompt(min(prompt_tokens, model.config.context_length - 1))
+    requests = Requests(
+        budget=jnp.full(size, 2**30, jnp.int32),
+        stop_ids=jnp.full(8, -1, jnp.int32),
+        sampling=SamplingRows.of([Sampling()] * size),
+    )
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, model.config.vocab_size, (size, padded), dtype=np.int32)
+    lengths = jnp.full(size, min(prompt_tokens, padded), jnp.int32)
+    forced = [method.replace(costs=jnp.asarray(c)) for c in _forcing(len(method.sizes))]
+    if hasattr(method, "threshold"):
+        forced = [m.replace(threshold=jnp.float32(0)) for m in forced]
+    capacity = engine.prompt_capacity(model.params, method, padded)
+    best = [math.inf] * len(forced)
+    with model.on_mesh():
+        state, _ = engine.start(
+            method, model.params, jnp.asarray(tokens), lengths, requests, capacity
+        )
+        for _ in range(_TRIALS + 1):  # the first one compiles
+            for i, candidate in enumerate(forced):
+                # Back to the prompt, so that every trial sees a text of the same length.
+                state = state.replace(cache=state.cache.replace(length=lengths))
+                began = time.perf_counter()
+                state, output = engine.run(candidate, model.params, state, _ROUNDS)
+                jax.block_until_ready(output)
+                best[i] = min(best[i], (time.perf_counter() - began) / _ROUNDS)
+    return best
+
+
+def _forcing(sizes: int) -> np.ndarray:
+    """[sizes, sizes] costs: row i makes every size but i as good as impossible."""
+    costs = np.full((sizes, sizes), 1e30, np.float32)
+    np.fill_diagonal(costs, 1.0)
+    return costs
+
+
+def _key(model: LanguageModel, method: Any, batch_size: int, prompt_tokens: int) -> str:
+    parts = {
+        "model": model.fingerprint,
+        "dtype": str(model.params.embedding.dtype),
+        "mesh": None if model.mesh is None else dict(model.mesh.shape),
+        "method": method.name,
+        "sizes": method.sizes,
+        "batch": batch_size,
+        "prompt": bucket_prompt(prompt_tokens),
+        "skip": str(getattr(method, "skip", "")),
+        "hardware": environment.hardware(),
+        "jax": jax.__version__,
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _read(cache: Path | None) -> dict[str, list[float]]:
+    """What was measured before; a file that cannot be read is measured anew."""
+    try:
+        found = json.loads(cache.read_text(encoding="utf-8")) if cache is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(cache: Path | None, known: dict[str, list[float]]) -> None:
+    if cache is None:
+        return
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_name(f".{cache.name}.{time.time_ns()}")
+    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    temporary.replace(cache)
