@@ -185,6 +185,7 @@ def test_pre_tokenizers_split_digits_their_way(tmp_path: Path, pre: str, digits:
         ({"tokenizer.ggml.merges": ["a b c"]}, "not two tokens"),
         ({"tokenizer.ggml.merges": ["zz yy"]}, "inconsistent"),
         ({"tokenizer.ggml.tokens": [1, 2, 3]}, "list of texts"),
+        ({"tokenizer.ggml.token_type": 3}, "no list"),
     ],
 )
 def test_tokenizers_that_are_not_known_are_refused(
@@ -198,9 +199,9 @@ def test_tokenizers_that_are_not_known_are_refused(
         load(path)
 
 
-def test_a_sentencepiece_vocabulary_loads_without_tokenizer(tmp_path: Path) -> None:
+def test_a_vocabulary_of_another_kind_loads_without_tokenizer(tmp_path: Path) -> None:
     config = hf_config()
-    keys = tokenizer_keys() | {"tokenizer.ggml.model": "llama"}
+    keys = tokenizer_keys() | {"tokenizer.ggml.model": "t5"}
     path = write_gguf(tmp_path / "m.gguf", config, hf_tensors(config), extra=keys)
     assert load(path).tokenizer is None
 
