@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
     chosen = [methods.make_method(name, {}) for name in args.methods.split(",")]
     sizes = [_positive(text) for text in args.batch_sizes.split(",")]
+    _check_distinct("methods", [method.name for method in chosen])
+    _check_distinct("batch-sizes", sizes)
     prompts = read_prompts(args.prompts)[: args.limit]
     model = open_model(args)
     console = Console(stderr=True)
@@ -99,6 +102,12 @@ def _positive(text: str) -> int:
     if not text.strip().isdecimal() or len(text) > 6 or int(text) < 1:
         raise InputError(f"--batch-sizes takes whole numbers of at least 1, got '{text[:20]}'")
     return int(text)
+
+
+def _check_distinct(flag: str, values: Sequence[object]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise InputError(f"--{flag} names {value} twice")
 
 
 def _write(path: Path, report: dict[str, object]) -> None:
