@@ -1,10 +1,10 @@
 """Weight layouts and compiler options for CPU decoding: what `mtd_jax/backend.py` was chosen by.
 
-    python benchmarks/layouts.py --out results.json
+    python benchmarks/layouts.py --dtype float32,bfloat16 --out results.json
 
 Times the layers' four matrix products of SmolLM2-135M (425 MB in float32, no attention, no head),
-one product after the other as in a model, for 1 to 32 rows. All variants take turns within a round;
-the best of the rounds is reported, in milliseconds.
+one product after the other as in a model, for 1 to 32 rows. All variants and dtypes take turns
+within a round; the best of the rounds is reported, in milliseconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from mtd_jax.evaluation.roofline import memory_bandwidth
 
 LAYERS, WIDTH = 30, 576
 MATRICES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
-ROWS = (1, 2, 4, 8, 16, 32)
+ROWS = "1,2,4,8,16,32"
+DTYPES = ("float32", "bfloat16")
 WIDE = {"xla_cpu_prefer_vector_width": 512}
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 OPTIONS: dict[str, dict[str, int | str]] = {
@@ -59,11 +60,11 @@ def unrolled(x: jax.Array, weights: tuple[Any, ...], transposed: bool) -> jax.Ar
     return x
 
 
-def variants() -> dict[str, tuple[Callable[..., jax.Array], Any, bool]]:
+def variants(dtype: str) -> dict[str, tuple[Callable[..., jax.Array], Any, bool]]:
     """Name -> (function, weights, whether they are stored [out, in])."""
     keys = jax.random.split(jax.random.key(0), len(MATRICES))
     stacks = tuple(
-        jax.random.normal(k, (LAYERS, *shape)) * 0.01
+        jax.random.normal(k, (LAYERS, *shape), dtype) * 0.01
         for k, shape in zip(keys, MATRICES, strict=True)
     )
     split = tuple(tuple(jnp.copy(w[i]) for w in stacks) for i in range(LAYERS))
@@ -75,47 +76,63 @@ def variants() -> dict[str, tuple[Callable[..., jax.Array], Any, bool]]:
     }
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Best time of every variant, option and number of rows."""
-    programs = []
-    for name, (function, weights, transposed) in variants().items():
+def programs(dtype: str, counts: list[int]) -> Iterator[tuple[dict[str, Any], Any, Any, Any]]:
+    """What is measured with its name: compiled function, rows, weights."""
+    for name, (function, weights, transposed) in variants(dtype).items():
         for option, flags in OPTIONS.items():
-            for rows in ROWS:
-                x = jnp.ones((rows, WIDTH))
+            for rows in counts:
+                x = jnp.ones((rows, WIDTH), dtype)
                 jitted = jax.jit(function, static_argnums=2, compiler_options=flags)
                 compiled = jitted.lower(x, weights, transposed).compile()
-                programs.append(([name, option, rows], compiled, x, weights))
-    best = [float("inf")] * len(programs)
+                label = {"dtype": dtype, "layout": name, "options": option, "rows": rows}
+                yield label, compiled, x, weights
+
+
+def measure(dtypes: list[str], counts: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Best time of every dtype, variant, option and number of rows."""
+    measured = [program for dtype in dtypes for program in programs(dtype, counts)]
+    best = [float("inf")] * len(measured)
     for _ in range(rounds):
-        for i, (_, compiled, x, weights) in enumerate(programs):
+        for i, (_, compiled, x, weights) in enumerate(measured):
             began = time.perf_counter()
             compiled(x, weights).block_until_ready()
             best[i] = min(best[i], time.perf_counter() - began)
     return [
-        {"layout": name, "options": option, "rows": rows, "ms": round(1e3 * seconds, 2)}
-        for ([name, option, rows], *_), seconds in zip(programs, best, strict=True)
+        {**label, "ms": round(1e3 * seconds, 2)}
+        for (label, *_), seconds in zip(measured, best, strict=True)
     ]
+
+
+def names(text: str) -> list[str]:
+    """`float32,bfloat16` as a list."""
+    for name in text.split(","):
+        if name not in DTYPES:
+            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(DTYPES)}")
+    return text.split(",")
 
 
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dtype", type=names, default=["float32"], metavar="D,D,...")
+    parser.add_argument("--rows", default=ROWS, metavar="N,N,...", help=f"default: {ROWS}")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     bandwidth = memory_bandwidth()
-    rows = measure(args.rounds)
+    rows = measure(args.dtype, [int(n) for n in args.rows.split(",")], args.rounds)
     bandwidth = max(bandwidth, memory_bandwidth())
     report = {
         "hardware": environment.hardware(),
         "versions": environment.versions(),
         **environment.provenance(),
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
-        "weight_bytes": 4 * LAYERS * sum(a * b for a, b in MATRICES),
+        "weights": LAYERS * sum(a * b for a, b in MATRICES),
         "rows": rows,
     }
     for row in rows:
-        print(f"{row['layout']:30} {row['options']:26} {row['rows']:3} rows {row['ms']:7.2f} ms")
+        what = f"{row['dtype']:8} {row['layout']:30} {row['options']:26} {row['rows']:3} rows"
+        print(f"{what} {row['ms']:7.2f} ms")
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -38,6 +38,14 @@ def random_model(config: ModelConfig, dtype: str, name: str) -> LanguageModel:
     )
 
 
+def whole_numbers(text: str) -> list[int]:
+    """`1,4` as a list."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers") from None
+
+
 def main() -> None:
     """Measures and prints one shape."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -45,18 +53,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--batch-sizes", default="1")
+    parser.add_argument("--batch-sizes", type=whole_numbers, default=[1], metavar="B,B,...")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     config = ModelConfig.from_dict(tomllib.loads(args.config.read_text(encoding="utf-8")))
     loaded = random_model(config, args.dtype, args.config.stem)
-    sizes = [int(size) for size in args.batch_sizes.split(",")]
     result = bench(
         loaded,
         [methods.autoregressive()],
-        [[7] * args.prompt_tokens] * max(sizes),
-        batch_sizes=sizes,
+        [[7] * args.prompt_tokens] * max(args.batch_sizes),
+        batch_sizes=args.batch_sizes,
         max_new_tokens=args.new_tokens,
         ignore_eos=True,
         repeats=args.repeats,

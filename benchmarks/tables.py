@@ -25,13 +25,15 @@ def rendered(page: str) -> str:
 
 
 def layouts() -> str:
-    """Milliseconds by layout, options and rows."""
+    """Milliseconds by dtype, layout, options and rows."""
     result = _result("cpu-layouts")
     counts = sorted({row["rows"] for row in result["rows"]})
-    lines: dict[tuple[str, str], list[str]] = {}
+    lines: dict[tuple[str, ...], list[str]] = {}
     for row in result["rows"]:
-        lines.setdefault((row["layout"], row["options"]), []).append(f"{row['ms']:.1f}")
-    head = ["layout", "options", *(f"{n} row{'s' if n > 1 else ''}" for n in counts)]
+        # Results from before there was a choice do not say it.
+        key = (row.get("dtype", "float32"), row["layout"], row["options"])
+        lines.setdefault(key, []).append(f"{row['ms']:.1f}")
+    head = ["dtype", "layout", "options", *(f"{n} row{'s' if n > 1 else ''}" for n in counts)]
     return _markdown(head, ([*key, *cells] for key, cells in lines.items()))
 
 

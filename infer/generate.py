@@ -9,13 +9,15 @@ parameters and state, so the loop around them is ours to write and to jit. The l
 
 from __future__ import annotations
 
-import argparse
+import sys
 
 import jax
 import jax.numpy as jnp
 
 import mtd_jax as mtd
+from mtd_jax.cli.arguments import Parser
 from mtd_jax.decoding.method import DecodeState, Method, Requests
+from mtd_jax.decoding.requests import encode
 from mtd_jax.decoding.sampling import SamplingRows
 from mtd_jax.tokenizer import TextStream
 from mtd_jax.transformer.model import Parameters
@@ -36,7 +38,7 @@ def step(method: Method, params: Parameters, state: DecodeState) -> DecodeState:
 
 def main() -> None:
     """Answers one prompt."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -44,28 +46,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    model = mtd.load(args.model)
-    if model.tokenizer is None:
-        raise SystemExit(f"{args.model} has no tokenizer")
-    method = mtd.methods.autoregressive()
-    ids = model.tokenizer.chat([{"role": "user", "content": args.prompt}])
     sampling = mtd.Sampling(temperature=args.temperature, seed=args.seed)
-    requests = Requests(
-        budget=jnp.array([args.max_new_tokens], jnp.int32),
-        stop_ids=jnp.array(model.config.eos_token_ids, jnp.int32),
-        sampling=SamplingRows.of([sampling]),
-    )
+    model = mtd.load(args.model)
+    prompt = mtd.Prompt("0", text=args.prompt, max_new_tokens=args.max_new_tokens)
+    request = encode(prompt, model.config, model.tokenizer, max_new_tokens=0, chat=None)
+    assert model.tokenizer is not None  # `encode` takes no text without one
+    method = mtd.methods.autoregressive()
+    budget, stop_ids = jnp.array([request.budget]), jnp.array(model.eos_token_ids, jnp.int32)
+    requests = Requests(budget, stop_ids, SamplingRows.of([sampling]))
 
     # Jitted once, out here: a function jitted inside a loop would be compiled in every round.
     read = jax.jit(prefill, static_argnames="capacity")
     advance = jax.jit(step, donate_argnames="state")
 
-    tokens = jnp.array([ids], jnp.int32)
-    state = read(method, model.params, tokens, requests, len(ids) + args.max_new_tokens)
+    tokens = jnp.array([request.token_ids], jnp.int32)
+    state = read(method, model.params, tokens, requests, tokens.shape[1] + request.budget)
     text = TextStream(model.tokenizer)
-    for _ in range(args.max_new_tokens):
+    for _ in range(request.budget):
         token = int(state.pending[0])
-        if token in model.config.eos_token_ids:
+        if token in model.eos_token_ids:
             break
         print(text.push([token]), end="", flush=True)
         state = advance(method, model.params, state)
@@ -73,4 +72,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (mtd.InputError, OSError) as error:
+        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

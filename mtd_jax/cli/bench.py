@@ -27,7 +27,7 @@ _DESCRIPTION = """\
 Measure decoding speed on your own model and prompts.
 
   mtd bench --model models/smollm2 --prompts prompts.jsonl --methods ar,ngram,prompt_lookup
-  mtd bench --model models/smollm2 --prompts prompts.jsonl --methods ar,ngram:drafts=4,ngram:drafts=8
+  mtd bench --model models/smollm2 --prompts prompts.jsonl --methods ar,ngram:drafts=4,ngram
   mtd bench --model models/smollm2 --prompts prompts.jsonl --methods ar,ngram --batch-sizes 1,4 \\
       --auto --out results.json --plot results.png
 

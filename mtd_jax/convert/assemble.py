@@ -22,6 +22,7 @@ from mtd_jax.sharding import shardings
 from mtd_jax.transformer.model import Parameters, declare
 
 _MOST_NAMED = 6
+_CHUNK = 2**20  # values read at a time: 4 MB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def assemble(
     """The parameters of a checkpoint that `check_tensors` has passed.
 
     Each device's shard is made from the parts of tensors that it needs. Beside what is returned,
-    memory holds one shard of one leaf at a time.
+    memory holds a few MB of one tensor, and one shard where a device has memory of its own.
 
     Raises:
       InputError: a weight is NaN or infinite.
@@ -231,9 +232,28 @@ def _fill(source: TensorSource, piece: Piece, layer: int, target: np.ndarray, in
         return values
 
     own = slice(first - piece.start, last - piece.start)
-    values = piece.layout.to_leaf(fetch, (*index[:axis], own, *index[axis + 1 :]))
-    into = (*[slice(None)] * axis, slice(first - span.start, last - span.start))
-    target[into] = values
+    into = target[(*[slice(None)] * axis, slice(first - span.start, last - span.start))]
+    for part, place in _chunks(piece.layout, (*index[:axis], own, *index[axis + 1 :])):
+        into[place] = piece.layout.to_leaf(fetch, part)
+
+
+def _chunks(layout: Layout, index: Index) -> Iterator[tuple[Index, Index]]:
+    """Cuts a part of a leaf along the tensor's outermost axis, so that little is read at a time.
+
+    Yields parts of the leaf, and where they lie in `index`. What reading takes beside its result
+    (dequantised floats, other dtypes) is then a few MB, however large the tensor is.
+    """
+    axis = layout.outer_leaf_axis
+    if axis is None:
+        yield index, ()
+        return
+    span = index[axis]
+    row = math.prod(layout.file_shape) // layout.leaf_shape[axis]
+    step = max(1, _CHUNK // row)
+    for start in range(span.start, span.stop, step):
+        part = slice(start, min(start + step, span.stop))
+        place = slice(start - span.start, part.stop - span.start)
+        yield (*index[:axis], part, *index[axis + 1 :]), (*[slice(None)] * axis, place)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

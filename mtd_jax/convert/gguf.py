@@ -6,6 +6,7 @@ Config and tokenizer come from the file's metadata.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,19 @@ class GGUFFile:
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def dtype(self, name: str) -> np.dtype:
-        """What `read` returns: stored 16-bit floats stay such only if nothing is quantised."""
+        """What `read` returns: stored 16-bit floats stay such only if nothing is quantised.
+
+        Raises:
+          InputError: a type that the gguf library cannot dequantise.
+        """
         from gguf import GGMLQuantizationType
 
         kind = self._tensors[name].tensor_type
+        if not _is_readable(kind):
+            raise InputError(
+                f"{self.path.name}: tensor '{name[:200]}' is stored as {kind.name}, "
+                "which the gguf library cannot dequantise"
+            )
         kinds = {GGMLQuantizationType.F16: "float16", GGMLQuantizationType.BF16: "bfloat16"}
         return FLOATS[kinds.get(kind, "float32")]
 
@@ -72,23 +82,45 @@ class GGUFFile:
         """A part of a tensor as floats.
 
         Raises:
-          InputError: a quantisation that the gguf library cannot undo.
+          InputError: a type that the gguf library cannot dequantise, or the file has shrunk.
         """
         from gguf import quants
 
-        tensor = self._tensors[name]
-        # Blocks of quantised values lie along the last axis: rows are cut before, columns after.
-        rows = tensor.data if len(index) == 1 else tensor.data[index[0]]
+        tensor, dtype = self._tensors[name], self.dtype(name)
+        # Mapped anew each time: pages that were read count as this process's as long as they are.
         try:
+            stored = np.memmap(
+                self.path,
+                dtype=tensor.data.dtype,
+                mode="r",
+                offset=tensor.data_offset,
+                shape=tensor.data.shape,
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path.name}: cannot read '{name[:200]}': {error}") from error
+        # Blocks of quantised values lie along the last axis: rows are cut before, columns after.
+        rows = np.asarray(stored) if len(index) == 1 else np.asarray(stored)[index[0]]
+        with np.errstate(all="ignore"):  # what is not finite is refused by name
             values = quants.dequantize(rows, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(f"{self.path.name}: tensor '{name}': {error}") from error
         rest = index if len(index) == 1 else (slice(None), *index[1:])
-        return values[rest].astype(self.dtype(name), copy=False)
+        return values[rest].astype(dtype, copy=False)
 
     def place(self, name: str) -> str:
         """The file, for error messages."""
         return self.path.name
+
+
+@functools.cache
+def _is_readable(kind: Any) -> bool:
+    """Whether the gguf library dequantises a type; found out with one block of zeros."""
+    from gguf import GGML_QUANT_SIZES, quants
+
+    _, size = GGML_QUANT_SIZES[kind]
+    try:
+        quants.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def open_gguf(path: Path) -> GGUFFile:

@@ -14,7 +14,8 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # values of tokenizer.ggml.token_type
+_LONGEST_PIECE = 256  # characters; SentencePiece makes pieces of 16
 
 
 def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
@@ -24,26 +25,28 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
       InputError: a kind of tokenizer that is not known here, or lists that do not fit together.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
-        return None
-    if kind != "gpt2":
-        # SentencePiece in GGUF's own encoding: the model loads, and takes and gives token ids.
+    if kind not in ("gpt2", "llama"):
+        # The model loads, and takes and gives token ids.
         return None
     tokens = _texts(metadata, "tokenizer.ggml.tokens")
-    backend = _byte_level_bpe(
-        tokens,
-        _texts(metadata, "tokenizer.ggml.merges"),
-        str(metadata.get("tokenizer.ggml.pre", "gpt-2")),
-    )
-    types = metadata.get("tokenizer.ggml.token_type") or []
-    _add_special(backend, tokens, types)
+    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    if not isinstance(types, list):
+        raise InputError("'tokenizer.ggml.token_type' in the GGUF file is no list")
     names = {
         f"{name}_token": tokens[i]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (i := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None
+        if isinstance(i := metadata.get(f"tokenizer.ggml.{key}_token_id"), int)
         and 0 <= i < len(tokens)
     }
-    _add_bos(backend, metadata, names.get("bos_token"))
+    pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    if kind == "llama":
+        backend = _sentencepiece_bpe(metadata, tokens, types, names.get("unk_token"))
+    else:
+        backend = _byte_level_bpe(tokens, _texts(metadata, "tokenizer.ggml.merges"), str(pre))
+    _add_special(backend, tokens, types)
+    begins = kind == "llama" or pre in _LLAMA3_NAMES
+    if "bos_token" in names and metadata.get("tokenizer.ggml.add_bos_token", begins):
+        _add_bos(backend, names["bos_token"], int(metadata["tokenizer.ggml.bos_token_id"]))
     template = metadata.get("tokenizer.chat_template")
 
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -59,7 +62,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
 
 def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], pre: str) -> Any:
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers
+    from tokenizers import decoders, models, normalizers, processors
 
     splits = _pre_tokenizers()
     if pre not in splits:
@@ -82,8 +85,54 @@ def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], pre: str) -> A
     backend = Backend(model)
     backend.pre_tokenizer = splits[pre]()
     backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
     if pre in _QWEN2_NAMES:
         backend.normalizer = normalizers.NFC()
+    return backend
+
+
+def _sentencepiece_bpe(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], unknown: str | None
+) -> Any:
+    """Llama 2's kind: spaces are ▁, one stands before the text, unknown characters are bytes.
+
+    SentencePiece joins the neighbours whose joint piece has the highest score. Here every way to
+    cut a piece into two others is a merge, and the scores give the order.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    scores = metadata.get("tokenizer.ggml.scores")
+    if (
+        not isinstance(scores, list)
+        or not all(isinstance(score, float) for score in scores)
+        or not len(scores) == len(types) == len(tokens)
+    ):
+        raise InputError("the GGUF file has no scores and types for all of its tokens")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    # Control tokens and bytes are no pieces, though their names are made of letters.
+    pieces = {t: s for t, s, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
+    merges = [
+        (-score, vocabulary[left], vocabulary[right], left, right)
+        for piece, score in pieces.items()
+        for at in range(1, min(len(piece), _LONGEST_PIECE))
+        if (left := piece[:at]) in pieces and (right := piece[at:]) in pieces
+    ]
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    backend = Backend(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[(left, right) for *_, left, right in sorted(merges)],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=_BYTE in types,
+        )
+    )
+    spaces = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "▁")])
+    joined = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [decoders.Strip(content=" ", left=1)] if prefix else []
+    backend.decoder = decoders.Sequence([*joined, *strip])
     return backend
 
 
@@ -129,18 +178,12 @@ def _add_special(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> N
         (backend.add_special_tokens if special else backend.add_tokens)(added)
 
 
-def _add_bos(backend: Any, metadata: Mapping[str, Any], bos: str | None) -> None:
+def _add_bos(backend: Any, bos: str, token: int) -> None:
     from tokenizers import processors
 
-    pre = metadata.get("tokenizer.ggml.pre")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", pre in _LLAMA3_NAMES):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, int(metadata["tokenizer.ggml.bos_token_id"]))],
-        )
-    else:
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, token)]
+    )
 
 
 def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:

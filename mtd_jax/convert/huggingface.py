@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,7 +26,12 @@ from mtd_jax.convert.families import HF_TENSORS
 from mtd_jax.convert.hf_config import config_from_hf, config_to_hf
 from mtd_jax.convert.json_files import read_json
 from mtd_jax.convert.progress import progress
-from mtd_jax.convert.safetensors_files import INDEX_NAME, SINGLE_NAME, write_safetensors
+from mtd_jax.convert.safetensors_files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    file_inside,
+    write_safetensors,
+)
 from mtd_jax.convert.tensor_source import TensorSource
 from mtd_jax.errors import InputError
 from mtd_jax.parameters import size_in_bytes
@@ -115,10 +121,14 @@ def write_huggingface(
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies the tokenizer files that a directory has."""
+    """Copies the tokenizer files that a directory has.
+
+    Raises:
+      InputError: one of them is a link that leads elsewhere, or no regular file.
+    """
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+        if os.path.lexists(source / name):
+            shutil.copyfile(file_inside(source, name), out / name)
 
 
 def _write_shards(config: ModelConfig, params: Parameters, out: Path, shard_size: int) -> None:

@@ -58,6 +58,12 @@ class Layout:
         """The shape of what it fills of one layer of the leaf."""
         return self._shape(self.leaf_axes)
 
+    @property
+    def outer_leaf_axis(self) -> int | None:
+        """The axis of the leaf that is the outermost one of the file (None: a part of an axis)."""
+        outermost = (self.file_axes[0][0],)
+        return self.leaf_axes.index(outermost) if outermost in self.leaf_axes else None
+
     def to_leaf(self, read: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
         """The part `index` of what the tensor fills; `read` fetches a part of the tensor.
 

@@ -105,7 +105,7 @@ def open_safetensors(directory: Path) -> SafetensorsFiles:
     if (directory / INDEX_NAME).is_file():
         return SafetensorsFiles(_indexed(directory))
     if (directory / SINGLE_NAME).exists():
-        return SafetensorsFiles(read_header(_inside(directory, SINGLE_NAME)))
+        return SafetensorsFiles(read_header(file_inside(directory, SINGLE_NAME)))
     files = sorted(p.name for p in directory.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
@@ -115,7 +115,7 @@ def open_safetensors(directory: Path) -> SafetensorsFiles:
                 "they are read; convert them to safetensors first"
             )
         raise InputError(f"{directory} holds no .safetensors file")
-    return SafetensorsFiles(_merge([read_header(_inside(directory, name)) for name in files]))
+    return SafetensorsFiles(_merge([read_header(file_inside(directory, name)) for name in files]))
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -236,17 +236,20 @@ def _indexed(directory: Path) -> dict[str, Entry]:
                 f"{str(file)[:100]!r}"
             )
     files = sorted(set(weight_map.values()))
-    entries = _merge([read_header(_inside(directory, file)) for file in files])
+    entries = _merge([read_header(file_inside(directory, file)) for file in files])
     for name, file in weight_map.items():
         if name not in entries or entries[name].file.name != file:
             raise InputError(f"{INDEX_NAME}: tensor '{name[:200]}' is not in {file}")
     return entries
 
 
-def _inside(directory: Path, name: str) -> Path:
-    """The file `name` of a directory, refused if it is a link that leads elsewhere.
+def file_inside(directory: Path, name: str) -> Path:
+    """The regular file `name` of a directory, refused if it is a link that leads elsewhere.
 
     The hub's cache links each file of `snapshots/REVISION/` into the `blobs/` beside `snapshots/`.
+
+    Raises:
+      InputError: such a link, or a directory, a device, a pipe, or nothing there.
     """
     root = directory.resolve()
     target = (directory / name).resolve()
@@ -255,8 +258,10 @@ def _inside(directory: Path, name: str) -> Path:
         allowed.append(root.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
         raise InputError(f"{name} is a link to a place outside {directory}")
-    if not target.is_file():
+    if not target.exists():
         raise InputError(f"no such file: {directory / name}")
+    if not target.is_file():
+        raise InputError(f"{directory / name} is no regular file")
     return directory / name
 
 

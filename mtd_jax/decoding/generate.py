@@ -206,7 +206,7 @@ def _decode(
     ignore_eos: bool,
     rounds: int,
 ) -> Iterator[Chunk]:
-    stop_ids = () if ignore_eos else model.config.eos_token_ids
+    stop_ids = () if ignore_eos else model.eos_token_ids
     for first in range(0, len(requests), batch_size):
         part = slice(first, first + batch_size)
         rows = [

@@ -33,6 +33,13 @@ class LanguageModel:
         return self.params.config
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the config's; if it names none, the tokenizer's."""
+        if self.config.eos_token_ids or self.tokenizer is None:
+            return self.config.eos_token_ids
+        return self.tokenizer.eos_token_ids
+
+    @property
     def batch_multiple(self) -> int:
         """Batches are filled up to a multiple of this, so that the mesh divides them."""
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]

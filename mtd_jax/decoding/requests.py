@@ -16,6 +16,7 @@ from mtd_jax.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 256
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
 _LINE_KEYS = ("id", "prompt", "messages", "token_ids", "max_new_tokens", "category")
 
 
@@ -88,7 +89,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_unique)
             if not isinstance(value, dict):
                 raise InputError("not a JSON object")
             prompts.append(_from_object(value, len(prompts)))
@@ -161,8 +162,21 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a line; Python's json takes the last of several values silently."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"the key '{key[:100]}' is given twice")
+        found[key] = value
+    return found
+
+
 def _from_object(value: Mapping[str, Any], index: int) -> Prompt:
     for key in value:
+        if key in _SAMPLING_KEYS:
+            flag = key.replace("_", "-")
+            raise InputError(f"'{key}' is no key of a prompt: sampling is set by flags (--{flag})")
         # Files carry notes of their own; only what looks like a slip of the pen is refused.
         if key not in _LINE_KEYS and nearest(str(key), _LINE_KEYS):
             raise unknown_name("key", str(key), _LINE_KEYS)

@@ -18,6 +18,7 @@ from mtd_jax.errors import InputError
 from mtd_jax.transformer.model import prepare_for_decoding
 from tests.oracle import transformer as oracle
 from tests.support import tiny
+from tests.support.tokenizers import byte_level
 
 AR = methods.autoregressive()
 PROMPTS = [[3, 4, 5], [7] * 20, [9, 8, 7, 6, 5, 4], [11], [50, 40], [60] * 3, [1, 2, 3, 4], [96]]
@@ -68,6 +69,19 @@ def test_end_tokens_end_their_row_only(batch_size: int) -> None:
     for completion in done:
         ended = completion.token_ids[-1] == token
         assert completion.finish_reason == ("stop" if ended else "length")
+
+
+def test_the_tokenizers_end_token_counts_if_the_config_names_none() -> None:
+    token = _a_token_that_ends_some_rows_early()
+    tokenizer = byte_level()
+    tokenizer._inner.eos_token = tokenizer._backend.id_to_token(token)
+    cfg = tiny.config(eos_token_ids=())
+    params = _model().params.replace(config=cfg)
+    model = dataclasses.replace(_model(), params=params, tokenizer=tokenizer)
+    done = generate(model, AR, PROMPTS, max_new_tokens=BUDGET, batch_size=3)
+    assert [c.token_ids for c in done] == _answers((token,))
+    named = dataclasses.replace(model, params=_model().params)
+    assert named.eos_token_ids == tiny.CONFIG.eos_token_ids != tokenizer.eos_token_ids
 
 
 def test_budgets_differ_by_row_and_one_is_enough() -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mtd_jax.convert.conversions import to_native
 from mtd_jax.convert.huggingface import read_config
 from mtd_jax.convert.load import load
 from mtd_jax.convert.safetensors_files import open_safetensors, read_header
 from mtd_jax.errors import InputError
 from tests.support.checkpoints import hf_config, hf_tensors, write_hf
 from tests.support.command_line import assert_refused, run_commands
+from tests.support.tokenizers import byte_level
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -147,6 +149,35 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     (directory / SINGLE).rename(tmp_path / "hub" / "blobs" / "abcd")
     (directory / SINGLE).symlink_to(Path("../../blobs/abcd"))
     assert load(directory).config.family == "llama"
+
+
+def test_tokenizer_files_are_copied_from_the_directory_or_the_hub_cache(tmp_path: Path) -> None:
+    directory = write_hf(tmp_path / "hub" / "snapshots" / "0123", hf_config(vocab_size=400))
+    byte_level().save(directory)
+    (tmp_path / "hub" / "blobs").mkdir()
+    file = directory / "tokenizer_config.json"
+    content = file.read_bytes()
+    file.rename(tmp_path / "hub" / "blobs" / "abcd")
+    file.symlink_to(Path("../../blobs/abcd"))
+    to_native(directory, tmp_path / "native")
+    assert (tmp_path / "native" / file.name).read_bytes() == content
+    assert not (tmp_path / "native" / file.name).is_symlink()
+
+    (tmp_path / "secret").write_text("{}")
+    makers: dict[str, Callable[[Path], None]] = {
+        "link to a place outside": lambda path: path.symlink_to(tmp_path / "secret"),
+        "link to a place": lambda path: path.symlink_to("/dev/zero"),
+        "no regular file": os.mkfifo,
+        r"merges\.txt is no regular file": Path.mkdir,
+        "no such file": lambda path: path.symlink_to("nowhere"),
+    }
+    for number, (said, make) in enumerate(makers.items()):
+        other = write_hf(tmp_path / str(number), hf_config(vocab_size=400))
+        byte_level().save(other)
+        make(other / "merges.txt")
+        with pytest.raises(InputError, match=said):
+            to_native(other, tmp_path / f"{number}-out")
+        assert not (tmp_path / f"{number}-out").exists()
 
 
 def test_index_and_files_disagree(tmp_path: Path) -> None:

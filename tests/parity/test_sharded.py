@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ import pytest
 import mtd_jax as mtd
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.prompt import read_prompt
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.sharding import make_mesh, parse_mesh, partition, shardings
 from mtd_jax.transformer import model as transformer
+from mtd_jax.transformer.cache import KVCache
 from tests.support import hf, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,7 +62,9 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 LOGITS = 1e-4
+KL = 0.015
 NEW_TOKENS = 8
+TEXTS = hf.prompt(rows=8).astype(np.int32)
 AR = mtd.methods.autoregressive()
 
 
@@ -98,10 +102,9 @@ def test_logits_are_those_of_transformers(
 ) -> None:
     """Every pair of family, sizes, tied, rotary embedding, window and mesh occurs."""
     hf.save_reference(tmp_path, _variant(family, sizes, tied, rope, window))
-    tokens = hf.prompt(rows=8)
-    expected = hf.logits(hf.load_reference(tmp_path), tokens)
+    expected = hf.logits(hf.load_reference(tmp_path), TEXTS)
     model = mtd.load(tmp_path, mesh=make_mesh(parse_mesh(mesh)))
-    ours = np.asarray(mtd.logits(model, tokens))
+    ours = np.asarray(mtd.logits(model, TEXTS))
     assert np.abs(ours - expected).max() <= LOGITS
 
 
@@ -148,6 +151,71 @@ def test_a_ragged_batch_gives_the_tokens_of_one_device(
     path, expected = _checkpoint(checkpoints, family, sizes)
     assert len(set(expected)) == len(PROMPTS)
     assert _tokens(mtd.load(path, mesh=make_mesh(parse_mesh(mesh)))) == expected
+
+
+def _one_of_each() -> list[Any]:
+    """Every mesh once; families and kinds of sizes in turn (no two of the seven are the same)."""
+    rows = zip(itertools.cycle(hf.FAMILIES), itertools.cycle(SIZES), MESHES, strict=False)
+    return [pytest.param(*row, id="-".join(row)) for row in rows]
+
+
+@cache
+def _reference(directory: Path, family: str, sizes: str) -> tuple[Path, dict[str, np.ndarray]]:
+    """A checkpoint and what transformers computes of it in each dtype."""
+    path = directory / f"{family}-{sizes}-reference"
+    rope = {"llama": "llama3", "mistral": "yarn", "qwen2": "default", "qwen3": "linear"}[family]
+    tied = "tied" if sizes == "three-kv-heads" else "untied"
+    hf.save_reference(path, _variant(family, sizes, tied, rope, list(hf.WINDOWS[family])[-1]))
+    models = {dtype: hf.load_reference(path, dtype) for dtype in ("float32", "bfloat16")}
+    return path, {dtype: hf.logits(model, TEXTS) for dtype, model in models.items()}
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "sizes", "mesh"), _one_of_each())
+def test_bfloat16_diverges_little(
+    checkpoints: Path,
+    family: str,
+    sizes: str,
+    mesh: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    path, expected = _reference(checkpoints, family, sizes)
+    model = mtd.load(path, dtype="bfloat16", mesh=make_mesh(parse_mesh(mesh)))
+    assert model.params.embedding.dtype == "bfloat16"
+    kl = hf.mean_kl(expected["bfloat16"], np.asarray(mtd.logits(model, TEXTS)))
+    record_property("mean KL", kl)
+    assert kl <= KL
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "sizes", "mesh"), _one_of_each())
+def test_logits_against_the_cache_are_those_of_transformers(
+    checkpoints: Path, family: str, sizes: str, mesh: str
+) -> None:
+    """The text but its end is read as a prompt, the end token by token."""
+    path, expected = _reference(checkpoints, family, sizes)
+    model = mtd.load(path, mesh=make_mesh(parse_mesh(mesh)))
+    assert model.mesh is not None
+    with jax.set_mesh(model.mesh):
+        ours = np.asarray(_decoded(model.params, TEXTS))
+    assert np.abs(ours - expected["float32"][:, -NEW_TOKENS:]).max() <= LOGITS
+
+
+@jax.jit
+def _decoded(params: transformer.Parameters, tokens: jax.Array) -> jax.Array:
+    """Logits [B, NEW_TOKENS, V] of the last tokens."""
+    read = tokens.shape[1] - NEW_TOKENS
+    lengths = jnp.full(tokens.shape[0], read, jnp.int32)
+    _, cache = read_prompt(params, tokens[:, :read], lengths, capacity=1024)
+
+    def step(cache: KVCache, column: jax.Array) -> tuple[KVCache, jax.Array]:
+        x, cache = transformer.extend(params, cache, column[:, None])
+        return cache.replace(length=cache.length + 1), transformer.unembed(params, x[:, 0])
+
+    _, logits = jax.lax.scan(step, cache, tokens[:, read:].T)
+    return logits.swapaxes(0, 1)
 
 
 # Activations of the eight rows stay below the smallest matrix of a layer, and a layer's matrices

