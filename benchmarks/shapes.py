@@ -61,7 +61,7 @@ def main() -> None:
     loaded = random_model(config, args.dtype, args.config.stem)
     result = bench(
         loaded,
-        [methods.autoregressive()],
+        {"ar": lambda _: methods.autoregressive()},
         [[7] * args.prompt_tokens] * max(args.batch_sizes),
         batch_sizes=args.batch_sizes,
         max_new_tokens=args.new_tokens,

@@ -30,9 +30,9 @@ def cache_bytes(params: Parameters, batch: int, length: float) -> float:
 def _skipped_bytes(params: Parameters, skip: Skip) -> int:
     """Matrices of the sublayers left out; norms and biases are nothing beside them."""
     blocks = params.blocks
-    stacked = not isinstance(blocks, tuple)
-    layer = blocks if stacked else blocks[0]
-    parts = params.config.num_layers if stacked else 1
+    layer, parts = (
+        (blocks[0], 1) if isinstance(blocks, tuple) else (blocks, params.config.num_layers)
+    )
     attention = size_in_bytes((layer.qkv, layer.attention_out)) // parts
     mlp = size_in_bytes((layer.gate_up, layer.down)) // parts
     return len(skip.attention) * attention + len(skip.mlp) * mlp

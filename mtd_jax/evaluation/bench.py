@@ -88,7 +88,7 @@ def bench(
       methods: label -> the method for a batch size; `ar` is what the others are compared with.
       progress: is called before each piece of work with what it is, `passes(...)` times.
     """
-    prompts = [as_prompt(p, i) for i, p in enumerate(prompts)]
+    known = [as_prompt(p, i) for i, p in enumerate(prompts)]
     bandwidth = memory_bandwidth()
     rows = []
     for batch_size in batch_sizes:
@@ -112,19 +112,19 @@ def bench(
                 ignore_eos=ignore_eos,
             )
 
-        warm = {label: decode(label, prompts, "warm-up") for label in made}
+        warm = {label: decode(label, known, "warm-up") for label in made}
         runs: dict[str, list[list[Completion]]] = {label: [] for label in made}
         for repeat in range(repeats):
             for label in made:
                 runs[label].append([])
-            for first in range(0, len(prompts), batch_size):
-                part = prompts[first : first + batch_size]
+            for first in range(0, len(known), batch_size):
+                part = known[first : first + batch_size]
                 for label in made:
                     runs[label][-1] += decode(label, part, f"run {repeat + 1}/{repeats}")
             bandwidth = max(bandwidth, memory_bandwidth())
         for label, method in made.items():
             compiled = total([c.metrics for c in warm[label]], batch_size).compile_seconds
-            rows.append(_row(label, method, batch_size, runs, prompts, compiled))
+            rows.append(_row(label, method, batch_size, runs, known, compiled))
     # Simulated CPU devices share one memory; others bring their own.
     if model.mesh is not None and jax.default_backend() != "cpu":
         bandwidth *= model.mesh.size

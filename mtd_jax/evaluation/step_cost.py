@@ -71,7 +71,7 @@ def measure(
     )
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.config.vocab_size, (size, padded), dtype=np.int32)
-    lengths = jnp.full(size, min(prompt_tokens, padded), jnp.int32)
+    lengths = np.full(size, min(prompt_tokens, padded), np.int32)
     forced = [method.replace(costs=jnp.asarray(c)) for c in _forcing(len(method.sizes))]
     if hasattr(method, "threshold"):
         forced = [m.replace(threshold=jnp.float32(0)) for m in forced]
@@ -79,12 +79,12 @@ def measure(
     best = [math.inf] * len(forced)
     with model.on_mesh():
         state, _ = engine.start(
-            method, model.params, jnp.asarray(tokens), lengths, requests, capacity
+            method, model.params, jnp.asarray(tokens), jnp.asarray(lengths), requests, capacity
         )
         for _ in range(_TRIALS + 1):  # the first one compiles
             for i, candidate in enumerate(forced):
                 # Back to the prompt, so that every trial sees a text of the same length.
-                state = state.replace(cache=state.cache.replace(length=lengths))
+                state = state.replace(cache=state.cache.replace(length=jnp.asarray(lengths)))
                 began = time.perf_counter()
                 state, output = engine.run(candidate, model.params, state, _ROUNDS)
                 jax.block_until_ready(output)

@@ -1,0 +1,230 @@
+"""Every lossless method emits what plain decoding emits: token for token, whatever happens."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from mtd_jax import Completion, Prompt, Sampling, generate, methods
+from mtd_jax.decoding.clock import Clock
+from mtd_jax.decoding.language_model import LanguageModel
+from tests.oracle import transformer as oracle
+from tests.support import tiny
+
+METHODS: dict[str, dict[str, Any]] = {
+    "ngram": {},
+    "ngram:chain": {"drafts": 4},
+    "ngram:tree": {"branches": "3,2,1"},
+    "prompt_lookup": {"drafts": 5},
+    "self_speculative": {"skip_attention": "1", "drafts": 4},
+    "self_speculative:auto": {"skip_mlp": "0", "skip_attention": "2"},
+}
+# Windows in some layers, and a context that the answers fill.
+CONFIG = tiny.config(sliding_windows=(None, 9, 5), max_position=100, eos_token_ids=())
+PROMPTS = [
+    [3, 4, 5, 6, 3, 4, 5, 6, 3],
+    [7] * 20,
+    [9, 8, 7, 6, 5, 4],
+    [11],
+    [50, 40, 50, 40, 50],
+    [60] * 3,
+    [1, 2, 3, 4] * 8,
+    [96],
+]
+BUDGET = 40
+TIE = 1e-4
+
+
+class _Ending(LanguageModel):
+    """With an end token of our choice: in the config it would be another program."""
+
+    stop_id: ClassVar[int]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return (self.stop_id,)
+
+
+@cache
+def _model() -> LanguageModel:
+    return tiny.language_model(CONFIG)
+
+
+def _method(label: str) -> Any:
+    made: Any = methods.make_method(label.split(":")[0], METHODS[label])
+    # Drafts that are cheap, so that `auto` tries all sizes.
+    return made.replace(costs=1.0 + 0.02 * np.arange(len(made.sizes), dtype=np.float32))
+
+
+def _decode(
+    method: Any, batch_size: int, model: LanguageModel | None = None, **options: Any
+) -> list[Completion]:
+    prompts = options.pop("prompts", PROMPTS)
+    options = {"max_new_tokens": BUDGET} | options
+    return generate(model or _model(), method, prompts, batch_size=batch_size, **options)
+
+
+@cache
+def _plain(**options: Any) -> list[Completion]:
+    return _decode(methods.autoregressive(), 1, **options)
+
+
+def _same(found: list[Completion], expected: list[Completion]) -> None:
+    for prompt, ours, plain in zip(PROMPTS, found, expected, strict=True):
+        assert ours.finish_reason == plain.finish_reason
+        if ours.token_ids == plain.token_ids:
+            continue
+        pairs = zip(ours.token_ids, plain.token_ids, strict=True)
+        at = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        logits = oracle.logits(_model().params, [*prompt, *plain.token_ids[:at]])[-1]
+        gap = abs(logits[ours.token_ids[at]] - logits[plain.token_ids[at]])
+        assert gap < TIE, f"parted at new token {at}, logit gap {gap:.2e}"
+
+
+def _greedy_tokens_are_the_same(label: str, method: Any, batch_size: int) -> None:
+    found = _decode(method, batch_size)
+    _same(found, _plain())
+    # Not vacuous: drafts were accepted, and some were not.
+    accepted = sum(c.metrics.accepted for c in found)
+    assert 0 < accepted < sum(c.metrics.drafted for c in found)
+    assert sum(c.metrics.forwards for c in found) < sum(c.metrics.tokens for c in found)
+
+
+def _an_end_token_inside_a_draft_ends_the_row(label: str, method: Any, batch_size: int) -> None:
+    """A token from the middle of answers, where drafts are accepted, becomes the end token."""
+    values = {f.name: getattr(_model(), f.name) for f in dataclasses.fields(LanguageModel)}
+    model = _Ending(**values)
+    type(model).stop_id = _plain()[1].token_ids[17]
+    expected = _decode(methods.autoregressive(), 1, model)
+    assert any(2 < len(c.token_ids) < BUDGET for c in expected)
+    found = _decode(method, batch_size, model)
+    _same(found, expected)
+    for completion in found:
+        assert model.stop_id not in completion.token_ids[:-1]
+
+
+def _budgets_are_kept(label: str, method: Any, batch_size: int) -> None:
+    for budget in (1, 2, 7):
+        found = _decode(method, batch_size, max_new_tokens=budget)
+        assert [c.token_ids for c in found] == [c.token_ids[:budget] for c in _plain()]
+    prompts = [
+        Prompt(id=str(i), token_ids=tuple(p), max_new_tokens=1 + 5 * i)
+        for i, p in enumerate(PROMPTS)
+    ]
+    found = _decode(method, batch_size, prompts=prompts)
+    for i, (ours, plain) in enumerate(zip(found, _plain(), strict=True)):
+        assert ours.token_ids == plain.token_ids[: 1 + 5 * i]
+
+
+def _answers_end_with_the_context(label: str, method: Any, batch_size: int) -> None:
+    found = _decode(method, batch_size, max_new_tokens=1000)
+    _same(found, _plain(max_new_tokens=1000))
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        assert completion.finish_reason == "context"
+        assert len(prompt) + len(completion.token_ids) == CONFIG.context_length
+
+
+def _penalties_are_as_strong(label: str, method: Any, batch_size: int) -> None:
+    for sampling in (
+        Sampling(repetition_penalty=1.4),
+        Sampling(presence_penalty=0.8, frequency_penalty=0.4, repetition_penalty=0.9),
+    ):
+        expected = _plain(sampling=sampling)
+        assert [c.token_ids for c in expected] != [c.token_ids for c in _plain()]
+        found = _decode(method, batch_size, sampling=sampling)
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+def _the_same_seed_draws_the_same_tokens(label: str, method: Any, batch_size: int) -> None:
+    """Tokens are drawn by position, so drafts from the text change no draw."""
+    if label.startswith("self"):
+        return  # its drafts are drawn themselves: the distribution is the same, not each draw
+    for sampling in (
+        Sampling(0.3, seed=5),
+        Sampling(0.8, top_k=5, top_p=0.9, repetition_penalty=1.2, seed=1),
+    ):
+        found = _decode(method, batch_size, sampling=sampling)
+        assert [c.token_ids for c in found] == [c.token_ids for c in _plain(sampling=sampling)]
+        assert sum(c.metrics.accepted for c in found) > 0
+
+
+def _greedy_and_drawn_rows_share_a_batch(label: str, method: Any, batch_size: int) -> None:
+    samplings = [Sampling(), Sampling(0.7, seed=3)] * 4
+    found = _decode(method, batch_size, sampling=samplings)
+    for ours, plain in list(zip(found, _plain(), strict=True))[::2]:
+        assert ours.token_ids == plain.token_ids
+
+
+CHECKS = (
+    _greedy_tokens_are_the_same,
+    _an_end_token_inside_a_draft_ends_the_row,
+    _budgets_are_kept,
+    _answers_end_with_the_context,
+    _penalties_are_as_strong,
+    _the_same_seed_draws_the_same_tokens,
+    _greedy_and_drawn_rows_share_a_batch,
+)
+
+
+FAST = (("ngram:tree", 3), ("prompt_lookup", 1), ("self_speculative", 3))
+
+
+@pytest.mark.parametrize(
+    ("label", "batch_size"),
+    [
+        pytest.param(label, size, marks=() if (label, size) in FAST else pytest.mark.slow)
+        for label in METHODS
+        for size in (1, 3, 8)
+    ],
+)
+def test_a_method_is_plain_decoding(label: str, batch_size: int) -> None:
+    """All in one test, because all of it is one program: nothing may compile after the first."""
+    method = _method(label)
+    for number, check in enumerate(CHECKS):
+        with Clock() as clock:
+            check(label, method, batch_size)
+        # Warm-up may reach into the second: ar at batch 1 is compiled where a check first asks.
+        if number > 1:
+            assert clock.compilations == 0, check.__name__
+
+
+def test_plain_decoding_is_the_oracle() -> None:
+    for prompt, plain in zip(PROMPTS[:4], _plain(), strict=False):
+        expected = oracle.greedy(_model().params, prompt, 20, ())
+        assert list(plain.token_ids[:20]) == expected
+
+
+def test_metrics_add_up() -> None:
+    found = _decode(_method("ngram:chain"), 3)
+    for completion in found:
+        metrics = completion.metrics
+        facts = metrics.to_dict()
+        assert len(metrics.histogram) == 5
+        assert facts["num_spec_steps"] == sum(metrics.histogram) <= metrics.forwards - 1
+        assert facts["num_accepted_draft_tokens"] <= facts["num_draft_tokens"]
+        # Emitted: one token a pass, and what was accepted; the budget cuts the last step.
+        emitted = metrics.forwards + metrics.accepted
+        assert 0 <= emitted - metrics.tokens <= 4
+        assert facts["mean_acceptance_length"] == pytest.approx(
+            1 + metrics.accepted / metrics.spec_steps, abs=1e-4
+        )
+        positions = facts["per_position_acceptance"]
+        assert positions == sorted(positions, reverse=True)
+        assert sum(positions) == pytest.approx(metrics.accepted / metrics.spec_steps, abs=1e-3)
+    plain = _plain()[0].metrics
+    assert plain.forwards == plain.tokens
+    assert plain.mean_acceptance_length is None
+    assert plain.histogram == ()
+
+
+def test_typical_acceptance_is_greedy_at_temperature_zero_and_marked_lossy() -> None:
+    typical = methods.ngram(drafts=4, acceptance="typical")
+    assert not typical.lossless
+    assert all(methods.make_method(n.split(":")[0], o).lossless for n, o in METHODS.items())
+    _same(_decode(typical, 3), _plain())
+    drawn = _decode(typical, 3, sampling=Sampling(1.0, seed=2))
+    assert sum(c.metrics.accepted for c in drawn) > 0
