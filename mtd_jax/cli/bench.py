@@ -221,10 +221,11 @@ def _show(result: BenchResult, costs: Sequence[dict[str, Any]]) -> None:
     for entry in costs:
         pairs = zip(entry["rows"], entry["milliseconds"], strict=True)
         cells = ", ".join(f"{rows}: {ms:.1f} ms" for rows, ms in pairs)
-        console.print(f"step by rows, {entry['method']}, batch {entry['batch_size']}: {cells}")
+        text = f"step by rows, {entry['method']}, batch {entry['batch_size']}: {cells}"
+        console.print(text, soft_wrap=True)
     for row in result.rows:
         for line in _warnings(row):
-            console.print(line)
+            console.print(line, soft_wrap=True)
 
 
 def _warnings(row: Row) -> list[str]:

@@ -54,10 +54,16 @@ class TokenTree:
 
     @classmethod
     def branching(cls, *widths: int) -> TokenTree:
-        """Every node at depth d has `widths[d]` children."""
+        """Every node at depth d has `widths[d]` children.
+
+        Raises:
+          InputError: a width under 1, or too many nodes.
+        """
         parents: list[int] = []
         level = [0]
         for width in widths:
+            if width < 1 or len(level) * width >= MAX_NODES:
+                raise InputError(f"widths {widths} of a tree: 1 or more, {MAX_NODES} nodes at most")
             parents += [node for node in level for _ in range(width)]
             level = list(range(len(parents) + 1 - len(level) * width, len(parents) + 1))
         return cls(tuple(parents))
@@ -69,7 +75,8 @@ class TokenTree:
         Raises:
           InputError: a node whose parent or elder sibling is not listed.
         """
-        ordered = sorted({tuple(path) for path in paths}, key=lambda path: (len(path), path))
+        chosen = {tuple(path) for path in paths if len(path)}
+        ordered = sorted(chosen, key=lambda path: (len(path), path))
         nodes: dict[tuple[int, ...], int] = {(): 0}
         for path in ordered:
             elder = (*path[:-1], path[-1] - 1)
@@ -159,7 +166,8 @@ class TokenTree:
 
         Args:
           accuracies: [depth, rank]: how often the guess of that rank is the right one, given that
-            everything before it was right. Guesses of one node exclude each other.
+            everything before it was right. Guesses of one node exclude each other. At least as deep
+          and as wide as the tree.
         """
         return 1.0 + float(sum(self._chance(accuracies, node) for node in range(1, self.size)))
 
@@ -213,9 +221,9 @@ def best_tree(
       accuracies: as in `TokenTree.expected_tokens`.
       step_seconds: what a forward pass of so many rows costs on this machine.
       draft_seconds: what making the drafts of a tree costs.
-      max_nodes: the largest tree to consider.
+      max_nodes: the largest tree to consider, at least 1.
     """
-    candidates = {build_tree(accuracies, nodes) for nodes in range(1, max_nodes + 1)}
+    candidates = {build_tree(accuracies, nodes) for nodes in range(1, max(max_nodes, 1) + 1)}
 
     def speed(tree: TokenTree) -> tuple[float, int]:
         drafting = draft_seconds(tree) if tree.size > 1 else 0.0

@@ -159,7 +159,9 @@ def siblings(
             token = jnp.maximum(drafts[rows, child], 0)
             key = keys[rows, here]
             uniform = jax.vmap(lambda k, r=rank: jax.random.uniform(typed(k, _TEST, r)))(key)
-            passed = offered & (uniform * q[rows, token] < node_p[rows, token])
+            # q may know fewer tokens than there are children: the others were not drawn from it.
+            known = q[rows, token] > 0
+            passed = offered & known & (uniform * q[rows, token] < node_p[rows, token])
             node = jnp.where(passed, child, node)
             kept = kept | passed
             refused = (offered & ~passed)[:, None]

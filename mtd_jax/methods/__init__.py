@@ -45,7 +45,7 @@ def ngram(
     Args:
       drafts: tokens drafted a step, or `auto`.
       longest: the highest order: tokens of context that are told apart.
-      branches: children of each node by depth, `3,2,1`: a tree of guesses instead of a chain.
+      branches: children of each node by depth, `3x2x1`: a tree of guesses instead of a chain.
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
     """
     return _copying(NGram, drafts, longest, branches, acceptance)
@@ -142,10 +142,7 @@ def _copying(
     if branches:
         if drafts != "auto":
             raise InputError("give drafts or branches, not both: branches say how many there are")
-        widths = [_typed("branches", int, part) for part in branches.split(",")]
-        if min(widths) < 1:
-            raise InputError(f"branches must be at least 1 each, got '{branches}'")
-        tree = TokenTree.branching(*widths)
+        tree = TokenTree.branching(*(_typed("branches", int, w) for w in branches.split("x")))
         sizes: tuple[int, ...] = (1, tree.size)
     elif drafts == "auto":
         sizes = _AUTO_SIZES

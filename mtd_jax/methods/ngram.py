@@ -33,6 +33,8 @@ class NGram(Copying):
         text, length = state.history.text, state.history.length
         matched = suffix_matches(text, length, self.longest)
         order = jnp.max(matched, axis=1)
+        if self.tree.size == 1:
+            return jnp.zeros((len(order), 0), jnp.int32), order
         at_node = {0: matched}
         drafts: dict[int, jax.Array] = {}
         for node in range(self.tree.size):
@@ -60,11 +62,12 @@ def _followers(
     bucket = follower % _BUCKETS
     counts = jnp.zeros((text.shape[0], _BUCKETS), jnp.float32)
     counts = counts.at[rows, bucket].add(candidate.astype(jnp.float32))
-    recency = jnp.arange(text.shape[1], dtype=jnp.float32)[None, :] / text.shape[1]
-    score = counts[rows, bucket] + 0.5 * recency
+    score = counts[rows, bucket]
+    index = jnp.arange(text.shape[1], dtype=jnp.int32)[None, :]
     found = []
     for _ in range(count):
-        at = jnp.argmax(jnp.where(candidate, score, -1.0), axis=1)
+        highest = jnp.max(jnp.where(candidate, score, -1.0), axis=1, keepdims=True)
+        at = jnp.argmax(jnp.where(candidate & (score == highest), index, -1), axis=1)
         token = jnp.take_along_axis(follower, at[:, None], axis=1)
         token = jnp.where(jnp.any(candidate, axis=1, keepdims=True), token, -1)
         found.append(token[:, 0])

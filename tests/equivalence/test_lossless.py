@@ -18,7 +18,7 @@ from tests.support import tiny
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {},
     "ngram:chain": {"drafts": 4},
-    "ngram:tree": {"branches": "3,2,1"},
+    "ngram:tree": {"branches": "3x2x1"},
     "prompt_lookup": {"drafts": 5},
     "self_speculative": {"skip_attention": "1", "drafts": 4},
     "self_speculative:auto": {"skip_mlp": "0", "skip_attention": "2"},

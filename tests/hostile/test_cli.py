@@ -41,7 +41,48 @@ def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["generate", "--model", "{model}", "--prompt", "a", "--method", "arr"], "method 'arr'"),
         (["generate", "--model", "{model}", "--prompt", "a", "--option", "k=1"], "option"),
         (["generate", "--model", "{model}", "--prompt", "a", "--option", "k"], "KEY=VALUE"),
-        (["generate", "--model", "{model}", "--prompt", "a", "--heads", "{model}"], "no heads"),
+        (
+            ["generate", "--model", "{model}", "--prompt", "a", "--heads", "{model}"],
+            "no method.json",
+        ),
+        (["generate", "--model", "{model}", "--prompt", "a", "--method", "ngran"], "'ngram'"),
+        (
+            ["generate", "--model", "{model}", "--prompt", "a", "--option", "drafts=2"],
+            "option of method 'ar'",
+        ),
+        *(
+            (["bench", "--model", "{model}", "--prompts", "x", "--methods", f"ar,{method}"], said)
+            for method, said in {
+                "ngram:draft=2": "did you mean 'drafts'",
+                "ngram:drafts=two": "must be int or auto",
+                "ngram:drafts=-1": "between 0 and 255",
+                "ngram:drafts=99999": "between 0 and 255",
+                "ngram:longest=0": "between 1 and 64",
+                "ngram:branches=0": "1 or more",
+                "ngram:branches=9x9x9": "256 nodes",
+                "ngram:branches=2:drafts=3": "not both",
+                "ngram:acceptance=maybe": "exact or typical",
+                "self_speculative": "mtd tune self-speculative",
+                "self_speculative:skip_mlp=a": "layer numbers",
+                "self_speculative:skip_mlp=1:threshold=nan": "between 0 and 1",
+                "self_speculative:skip_mlp=1:drafts=0": "between 1 and 255",
+            }.items()
+        ),
+        (["bench", "--model", "{model}", "--prompts", "x", "--plot", "no/x.png"], "cannot write"),
+        (["verify", "--model", "{model}", "--prompts", "no.jsonl"], "no prompts file"),
+        (["verify", "--model", "{model}", "--prompts", "x", "--batch-size", "0"], "batch-size"),
+        (["tune", "self", "--model", "{model}"], "self-speculative"),
+        (
+            [
+                *("tune", "self-speculative", "--model", "{model}", "--prompts", "x"),
+                *("--out", "o", "--evaluations", "0"),
+            ],
+            "evaluations",
+        ),
+        (
+            ["generate", "--model", "{model}", "--prompt", "a", "--presence-penalty", "nan"],
+            "finite",
+        ),
         (["generate", "--model", "{model}", "--prompt", "a", "--heads", "none"], "no heads at"),
         (["generate", "--model", "no/such/dir", "--prompt", "a"], "no model at no/such/dir"),
         (["generate", "--model", "{model}", "--prompts", "no.jsonl"], "no prompts file"),

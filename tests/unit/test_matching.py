@@ -119,8 +119,8 @@ def _table_drafts(method: Any, text: Text) -> Text:
 NGRAMS = [
     methods.ngram(drafts=5, longest=3),
     methods.ngram(drafts=3, longest=1),
-    methods.ngram(branches="2,2", longest=2),
-    methods.ngram(branches="3,1,2", longest=6),
+    methods.ngram(branches="2x2", longest=2),
+    methods.ngram(branches="3x1x2", longest=6),
 ]
 
 

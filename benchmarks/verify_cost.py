@@ -1,0 +1,172 @@
+"""What a verifying step costs by its number of rows, one row being 1.
+
+    python benchmarks/verify_cost.py --model models/smollm2-135m-instruct --out benchmarks/results/cpu-verify-cost.json --plot docs/verify-cost-cpu.png
+    python benchmarks/verify_cost.py --config configs/models/qwen3-4b.toml --dtype bfloat16 --rows 1,8,16,32,64
+
+The engine's own loop is timed: layers, head, masks, verification and commit of a chain of drafts
+that are all wrong. Row counts take turns, so that all meet the same machine; a ratio is the median
+over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from shapes import random_model, whole_numbers
+
+import mtd_jax as mtd
+from mtd_jax.config import ModelConfig
+from mtd_jax.decoding import engine
+from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.prompt import first_state, read_prompt
+from mtd_jax.decoding.sampling import Sampling, SamplingRows
+from mtd_jax.decoding.speculative import verify_drafts
+from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.evaluation import environment
+from mtd_jax.evaluation.plot import plot_step_cost
+from mtd_jax.transformer.model import Parameters
+
+
+class Rows(struct.PyTreeNode):
+    """A method that verifies the same number of rows in every step, and accepts none."""
+
+    rows: int = struct.field(pytree_node=False)
+    name: ClassVar[str] = "rows"
+    lossless: ClassVar[bool] = True
+
+    @property
+    def max_emit(self) -> int:
+        """Drafts and the bonus token."""
+        return self.rows
+
+    @property
+    def rows_per_step(self) -> int:
+        """A slot a row."""
+        return self.rows
+
+    def draft_bytes(self, params: Parameters) -> int:
+        """Drafts cost nothing."""
+        return 0
+
+    def prefill(
+        self,
+        params: Parameters,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        requests: Requests,
+        capacity: int,
+    ) -> DecodeState:
+        """Reads the prompts."""
+        last, cache = read_prompt(params, tokens, lengths, capacity)
+        return first_state(params, last, cache, tokens, requests, self.max_emit)
+
+    def step(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Verifies drafts that the model never says: token ids with no probability to be drawn."""
+        drafts = jnp.full((len(state.pending), self.rows - 1), -1, jnp.int32)
+        return verify_drafts(params, state, TokenTree.chain(self.rows - 1), drafts)
+
+
+def measure(
+    model: mtd.LanguageModel, rows: list[int], batch: int, prompt: int, steps: int, rounds: int
+) -> dict[int, list[float]]:
+    """Milliseconds of a step for each row count, one value a round."""
+    requests = Requests(
+        budget=jnp.full(batch, 2**30, jnp.int32),
+        stop_ids=jnp.full(8, -1, jnp.int32),
+        sampling=SamplingRows.of([Sampling()] * batch),
+    )
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, prompt))
+    lengths = np.full(batch, prompt, np.int32)
+    states: dict[int, Any] = {}
+    found: dict[int, list[float]] = {count: [] for count in rows}
+    # The same cache for all, whatever their rows: what differs is the rows alone.
+    capacity = engine.prompt_capacity(model.params, Rows(max(rows)), prompt + steps)
+    for count in rows:
+        states[count], _ = engine.start(
+            Rows(count),
+            model.params,
+            jnp.asarray(tokens, jnp.int32),
+            jnp.asarray(lengths),
+            requests,
+            capacity,
+        )
+    for number in range(rounds + 1):  # the first one compiles
+        for count in rows:
+            state = states[count]
+            state = state.replace(cache=state.cache.replace(length=jnp.asarray(lengths)))
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+            states[count], output = engine.run(Rows(count), model.params, state, steps)
+            jax.block_until_ready(output)
+            if number:
+                found[count].append(1e3 * (time.perf_counter() - began) / steps)
+    return found
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, help="a checkpoint")
+    parser.add_argument("--config", type=Path, help="or a shape, with random weights")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rows", type=whole_numbers, default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    if (args.model is None) == (args.config is None):
+        parser.error("give one of --model and --config")
+    if args.model is not None:
+        model, name = mtd.load(args.model, dtype=args.dtype), args.model.name
+    else:
+        config = ModelConfig.from_dict(tomllib.loads(args.config.read_text(encoding="utf-8")))
+        model, name = random_model(config, args.dtype, args.config.stem), args.config.stem
+    batch, prompt = args.batch_size, args.prompt_tokens
+    found = measure(model, args.rows, batch, prompt, args.steps, args.rounds)
+    base = found[args.rows[0]]
+    rows = []
+    for count, times in found.items():
+        ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
+        rows.append(
+            {
+                "rows": count,
+                "ms": round(statistics.median(times), 3),
+                "best_ms": round(min(times), 3),
+                "ratio": round(ratio, 3),
+                "best_ratio": round(min(times) / min(base), 3),
+            }
+        )
+        print(f"{count:3} rows: {statistics.median(times):7.2f} ms, {ratio:.2f}x", flush=True)
+    report = {
+        "hardware": environment.hardware(),
+        "versions": environment.versions(),
+        **environment.provenance(),
+        "model": name,
+        "dtype": str(model.params.embedding.dtype),
+        "batch_size": args.batch_size,
+        "prompt_tokens": args.prompt_tokens,
+        "rows": rows,
+    }
+    if args.out is not None:
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if args.plot is not None:
+        backend = report["hardware"]["backend"].upper()
+        curve = {row["rows"]: row["ratio"] for row in rows}
+        plot_step_cost({f"{name}, {report['dtype']}, {backend}": curve}, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Drafting methods from the command line: generate, bench, verify, tune, and what ties them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtd_jax.cli.main import main
+from mtd_jax.convert.method_files import read_method
+from tests.support.checkpoints import hf_config, write_hf
+from tests.support.command_line import environment
+
+PROMPTS = [
+    {"id": "a", "token_ids": [5, 6, 7] * 5, "category": "copy"},
+    {"id": "b", "token_ids": [9, 8, 9, 8, 9], "category": "copy"},
+    {"id": "c", "token_ids": [5, 6, 7, 1, 2], "category": "other"},
+]
+NEW_TOKENS = ("--max-new-tokens", "24")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("model")
+    source = write_hf(base / "hf", hf_config(eos_token_id=None))
+    assert main(["convert", "from-hf", str(source), str(base / "native")]) == 0
+    return base / "native"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(p) for p in PROMPTS))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTD_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def _json(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> Any:
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_generate_reports_acceptance(
+    model: Path, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "--model", str(model), "--prompts", prompts, *NEW_TOKENS]
+    plain = _json(capsys, *argv)
+    found = _json(capsys, *argv, "--method", "ngram", "--option", "drafts=3")
+    assert [o["token_ids"] for o in found["outputs"]] == [o["token_ids"] for o in plain["outputs"]]
+    assert found["lossless"] is True
+    for metrics in (found["metrics"], found["outputs"][0]["metrics"]):
+        assert len(metrics["acceptance_histogram"]) == 4
+        assert metrics["num_spec_steps"] == sum(metrics["acceptance_histogram"])
+        assert metrics["draft_acceptance_rate"] == pytest.approx(
+            metrics["num_accepted_draft_tokens"] / metrics["num_draft_tokens"], abs=1e-4
+        )
+        assert metrics["bytes_read_per_token"] > 0
+    assert plain["metrics"]["mean_acceptance_length"] is None
+    assert plain["metrics"]["tokens_per_forward"] == 1.0
+    # `auto` measures what steps cost, once.
+    _json(capsys, *argv, "--method", "ngram")
+    costs = (tmp_path / "cache" / "step-costs.json").read_text()
+    assert all(cost > 0 for values in json.loads(costs).values() for cost in values)
+    _json(capsys, *argv, "--method", "ngram", "--option", "longest=4")
+    assert (tmp_path / "cache" / "step-costs.json").read_text() == costs
+
+
+def test_bench_compares_methods_and_draws(
+    model: Path, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    labels = ["ar", "ngram:drafts=3", "ngram:branches=2", "prompt_lookup"]
+    report = _json(
+        capsys,
+        *("bench", "--model", str(model), "--prompts", prompts, "--batch-sizes", "1,3"),
+        *("--methods", ",".join(labels), "--repeats", "2", "--auto", *NEW_TOKENS),
+        *("--out", str(out), "--plot", str(picture)),
+    )
+    assert json.loads(out.read_text()) == report
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = report["rows"]
+    assert [(r["method"], r["batch_size"]) for r in rows] == [
+        (label, size) for size in (1, 3) for label in labels
+    ]
+    for row in rows:
+        assert row["identical_to_ar"] is True
+        assert row["lossless"] is True
+        assert row["verdict"] in ("faster", "as fast", "slower")
+        assert (row["mean_acceptance_length"] is None) == (row["method"] == "ar")
+    assert rows[0]["speedup_vs_ar"] == 1.0
+    assert rows[0]["by_category"].keys() == {"copy", "other"}
+    assert rows[0]["by_category"]["copy"]["prompts"] == 2
+    assert rows[4]["by_category"] == {}  # a batch of both kinds
+    assert [(c["method"], c["batch_size"]) for c in report["step_costs"]] == [
+        ("prompt_lookup", 1),
+        ("prompt_lookup", 3),
+    ]
+
+
+def test_bench_says_plainly_what_is_slower(
+    model: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Drafting with nearly the whole model: nothing can be slower."""
+    method = "self_speculative:skip_mlp=0:threshold=0:drafts=7"
+    argv = ["bench", "--model", str(model), "--prompts", prompts, "--methods", f"ar,{method}"]
+    assert main([*argv, "--repeats", "1", *NEW_TOKENS]) == 0
+    assert "SLOWER than plain decoding" in capsys.readouterr().out
+
+
+def test_verify_passes_and_fails(
+    model: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["verify", "--model", str(model), "--prompts", prompts, *NEW_TOKENS]
+    report = _json(capsys, *argv, "--method", "ngram", "--batch-size", "2")
+    assert (report["passed"], report["identical"], report["tokens"]) == (True, 3, 72)
+    assert main([*argv, "--method", "prompt_lookup"]) == 0
+    assert "3 of 3 prompts identical" in capsys.readouterr().out
+
+
+def test_verify_finds_what_parts_and_why(
+    model: Path, prompts: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verifier that accepts whatever is drafted."""
+    from mtd_jax.decoding import verify
+
+    real = verify.walk
+
+    def gullible(tree: Any, drafts: Any, drawn: Any) -> Any:
+        verdict = real(tree, drafts, drafts[:, [*range(1, tree.size), 0]])
+        return verdict
+
+    monkeypatch.setattr(verify, "walk", gullible)
+    argv = ["verify", "--model", str(model), "--prompts", prompts, *NEW_TOKENS]
+    report = _json(capsys, *argv, "--method", "ngram", "--option", "drafts=2", code=1)
+    assert not report["passed"]
+    worst = next(c for c in report["comparisons"] if not c["passed"])
+    assert worst["position"] is not None
+    assert worst["logit_gap"] > worst["allowed_gap"]
+
+
+def test_tune_finds_the_same_set_every_time_and_goes_on(
+    model: Path, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["tune", "self-speculative", "--model", str(model), "--prompts", prompts]
+    argv += ["--max-new-tokens", "12"]
+    whole = _json(capsys, *argv, "--evaluations", "10", "--out", str(tmp_path / "whole"))
+    _json(capsys, *argv, "--evaluations", "4", "--out", str(tmp_path / "parts"))
+    again = _json(capsys, *argv, "--evaluations", "10", "--out", str(tmp_path / "parts"))
+    assert again["options"] == whole["options"]
+    assert again["record"]["agreement"] == whole["record"]["agreement"]
+    file = read_method(tmp_path / "whole")
+    assert file.method == "self_speculative"
+    assert "".join(file.options.values())
+
+    generate = ["generate", "--model", str(model), "--prompts", prompts, *NEW_TOKENS]
+    plain = _json(capsys, *generate)
+    tuned = ["--method", "self_speculative", "--heads", str(tmp_path / "whole")]
+    found = _json(capsys, *generate, *tuned, "--option", "drafts=3")
+    assert [o["token_ids"] for o in found["outputs"]] == [o["token_ids"] for o in plain["outputs"]]
+    assert found["metrics"]["num_draft_tokens"] > 0
+
+
+def test_settings_of_another_model_are_refused(
+    model: Path, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"format": 1, "method": "self_speculative", "base": "else", "options": {}}
+    (tmp_path / "method.json").write_text(json.dumps(values | {"options": {"skip_mlp": "0"}}))
+    argv = ["generate", "--model", str(model), "--prompts", prompts, "--heads", str(tmp_path)]
+    assert main([*argv, "--method", "self_speculative"]) == 2
+    assert "another base model" in capsys.readouterr().err
+    assert main([*argv, "--method", "ngram"]) == 2
+    assert "is for method 'self_speculative'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "method": 3}'])
+def test_damaged_settings_are_refused(
+    damage: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "method.json").write_text(damage)
+    argv = ["generate", "--model", str(model), "--prompt", "x", "--heads", str(tmp_path)]
+    assert main([*argv, "--method", "self_speculative"]) == 2
+    assert "method.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_program_in_infer(model: Path) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "infer/speculative.py", "--model", str(model), "--token-ids", "5,6,5,6,5"],
+        cwd=root,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens a pass" in done.stdout
+    assert len((root / "infer" / "speculative.py").read_text().splitlines()) <= 80
