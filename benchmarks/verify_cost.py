@@ -1,10 +1,11 @@
 """What a verifying step costs by its number of rows, one row being 1.
 
-    python benchmarks/verify_cost.py --model models/smollm2-135m-instruct --out benchmarks/results/cpu-verify-cost.json --plot docs/verify-cost-cpu.png
-    python benchmarks/verify_cost.py --config configs/models/qwen3-4b.toml --dtype bfloat16 --rows 1,8,16,32,64
+    python benchmarks/verify_cost.py --model models/smollm2-135m-instruct \\
+        --out benchmarks/results/cpu-verify-cost.json --plot docs/verify-cost-cpu.png
+    python benchmarks/verify_cost.py --config configs/models/qwen3-4b.toml --dtype bfloat16 \\
+        --rows 1,8,16,32,64
 
-The engine's own loop is timed: layers, head, masks, verification and commit of a chain of drafts
-that are all wrong. Row counts take turns, so that all meet the same machine; a ratio is the median
+The engine's own loop is timed: layers, head, masks, verification and commit of a chain. Row counts take turns, so that all meet the same machine; a ratio is the median
 over the rounds.
 """
 
@@ -71,7 +72,7 @@ class Rows(struct.PyTreeNode):
         return first_state(params, last, cache, tokens, requests, self.max_emit)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
-        """Verifies drafts that the model never says: token ids with no probability to be drawn."""
+        """Verifies rows without a draft on them, which costs what wrong drafts cost."""
         drafts = jnp.full((len(state.pending), self.rows - 1), -1, jnp.int32)
         return verify_drafts(params, state, TokenTree.chain(self.rows - 1), drafts)
 

@@ -63,7 +63,7 @@ class TokenTree:
         level = [0]
         for width in widths:
             if width < 1 or len(level) * width >= MAX_NODES:
-                raise InputError(f"widths {widths} of a tree: 1 or more, {MAX_NODES} nodes at most")
+                raise InputError(f"a tree's widths are 1 or more, its nodes at most {MAX_NODES}")
             parents += [node for node in level for _ in range(width)]
             level = list(range(len(parents) + 1 - len(level) * width, len(parents) + 1))
         return cls(tuple(parents))

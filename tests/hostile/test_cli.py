@@ -59,7 +59,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
                 "ngram:drafts=99999": "between 0 and 255",
                 "ngram:longest=0": "between 1 and 64",
                 "ngram:branches=0": "1 or more",
-                "ngram:branches=9x9x9": "256 nodes",
+                "ngram:branches=9x9x9": "at most 256",
                 "ngram:branches=2:drafts=3": "not both",
                 "ngram:acceptance=maybe": "exact or typical",
                 "self_speculative": "mtd tune self-speculative",
