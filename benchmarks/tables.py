@@ -82,11 +82,60 @@ def first_token() -> str:
     return _markdown(head, rows)
 
 
+def speculative() -> str:
+    """Drafting methods beside plain decoding."""
+    head = ["method", "batch", "decode tokens/s", "vs ar", "mean acceptance length"]
+    head += ["tokens a pass", "share of bandwidth", "same tokens as ar"]
+    rows = []
+    for row in _result("cpu-speculative")["rows"]:
+        length = row["mean_acceptance_length"]
+        rows.append(
+            [
+                row["method"],
+                str(row["batch_size"]),
+                f"{row['decode_tokens_per_second']:.1f}",
+                f"{row['speedup_vs_ar']:.2f}x",
+                "-" if length is None else f"{length:.2f}",
+                f"{row['tokens_per_forward']:.2f}",
+                f"{row['roofline_share']:.0%}",
+                "all" if row["identical_to_ar"] else "NOT ALL",
+            ]
+        )
+    return _markdown(head, rows)
+
+
+def categories() -> str:
+    """Speed-ups by kind of prompt, batch 1."""
+    found = [row for row in _result("cpu-speculative")["rows"] if row["by_category"]]
+    kinds = list(found[0]["by_category"])
+    rows = (
+        [row["method"], *(f"{row['by_category'][kind]['speedup_vs_ar']:.2f}x" for kind in kinds)]
+        for row in found
+        if row["batch_size"] == 1 and row["method"] != "ar"
+    )
+    return _markdown(["method", *(kind.replace("_", " ") for kind in kinds)], rows)
+
+
+def verify_cost() -> str:
+    """A verifying step by its rows."""
+    rows = _result("cpu-verify-cost")["rows"]
+    return _markdown(
+        ["rows", *(str(row["rows"]) for row in rows)],
+        [
+            ["ms", *(f"{row['ms']:.1f}" for row in rows)],
+            ["times one row", *(f"{row['ratio']:.2f}x" for row in rows)],
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-layouts": layouts,
     "cpu-peers": peers,
     "cpu-ar": autoregressive,
     "cpu-first-token": first_token,
+    "cpu-speculative": speculative,
+    "cpu-speculative-categories": categories,
+    "cpu-verify-cost": verify_cost,
 }
 
 

@@ -1,12 +1,12 @@
-"""What a verifying step costs by its number of rows, one row being 1.
+r"""What a verifying step costs by its number of rows, one row being 1.
 
-    python benchmarks/verify_cost.py --model models/smollm2-135m-instruct \\
+    python benchmarks/verify_cost.py --model models/smollm2-135m-instruct \
         --out benchmarks/results/cpu-verify-cost.json --plot docs/verify-cost-cpu.png
-    python benchmarks/verify_cost.py --config configs/models/qwen3-4b.toml --dtype bfloat16 \\
+    python benchmarks/verify_cost.py --config configs/models/qwen3-4b.toml --dtype bfloat16 \
         --rows 1,8,16,32,64
 
-The engine's own loop is timed: layers, head, masks, verification and commit of a chain. Row counts take turns, so that all meet the same machine; a ratio is the median
-over the rounds.
+The engine's own loop is timed: layers, head, masks, verification and commit of a chain. Row counts
+take turns, so that all meet the same machine; a ratio is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def main() -> None:
         args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if args.plot is not None:
         backend = report["hardware"]["backend"].upper()
-        curve = {row["rows"]: row["ratio"] for row in rows}
+        curve = {int(row["rows"]): row["ratio"] for row in rows}
         plot_step_cost({f"{name}, {report['dtype']}, {backend}": curve}, args.plot)
 
 

@@ -93,13 +93,14 @@ def verify(
             ids = encode(
                 prompt, model.config, model.tokenizer, max_new_tokens=max_new_tokens, chat=None
             ).token_ids
-            found.append(_compare(model, ids, ours, theirs))
+            found.append(compare(model, ids, ours, theirs))
     return LosslessReport(found)
 
 
-def _compare(
+def compare(
     model: LanguageModel, prompt: tuple[int, ...], ours: Completion, plain: Completion
 ) -> Comparison:
+    """A method's answer to a prompt of these token ids beside plain decoding's."""
     tokens = len(plain.token_ids)
     if ours.token_ids == plain.token_ids:
         return Comparison(plain.id, tokens, True, None, None, None)

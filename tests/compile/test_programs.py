@@ -45,6 +45,39 @@ def test_nothing_compiles_after_warm_up(batch_size: int) -> None:
     assert clock.compilations == 0
 
 
+SPECULATIVE: dict[str, Any] = {
+    "ngram": methods.ngram(),
+    "tree": methods.ngram(branches="2x2"),
+    "self_speculative": methods.self_speculative(skip_mlp="1", skip_attention="4-6", drafts=4),
+}
+
+
+@pytest.mark.parametrize("method", SPECULATIVE)
+def test_choosing_rows_copies_neither_weights_nor_cache(method: str) -> None:
+    """All sizes are in one program, and the cache passes through them where it lies."""
+    cfg = tiny.config(
+        num_layers=12, hidden_size=128, intermediate_size=384, head_dim=32, vocab_size=512
+    )
+    params = prepare_for_decoding(tiny.params(cfg))
+    made = SPECULATIVE[method]
+    state = _state(made, params, batch=1)
+    memory: Any = engine.lower_run(made, params, state).compile().memory_analysis()
+    # The stacked cache is 12 layers: a copy of keys or values alone is as much as six of them.
+    assert memory.temp_size_in_bytes < size_in_bytes(state.cache) // 4
+    assert memory.alias_size_in_bytes >= size_in_bytes(state.cache)
+
+
+def _state(method: Any, params: Any, batch: int) -> Any:
+    requests = Requests(
+        budget=jnp.full(batch, 9, jnp.int32),
+        stop_ids=jnp.full(8, -1, jnp.int32),
+        sampling=SamplingRows.of([Sampling()] * batch),
+    )
+    tokens = jnp.ones((batch, 16), jnp.int32)
+    lengths = jnp.full(batch, 16, jnp.int32)
+    return engine.start(method, params, tokens, lengths, requests, 1024)[0]
+
+
 @pytest.mark.parametrize("layout", ["stacked", "prepared"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_copies_neither_weights_nor_cache(layout: str, batch: int) -> None:
@@ -55,13 +88,7 @@ def test_a_step_copies_neither_weights_nor_cache(layout: str, batch: int) -> Non
     params = tiny.params(cfg)
     if layout == "prepared":
         params = prepare_for_decoding(params)
-    requests = Requests(
-        budget=jnp.full(batch, 9, jnp.int32),
-        stop_ids=jnp.full(8, -1, jnp.int32),
-        sampling=SamplingRows.of([Sampling()] * batch),
-    )
-    tokens = jnp.ones((batch, 16), jnp.int32)
-    state, _ = engine.start(AR, params, tokens, jnp.full(batch, 16, jnp.int32), requests, 1024)
+    state = _state(AR, params, batch)
     compiled = engine.lower_run(AR, params, state).compile()
     memory: Any = compiled.memory_analysis()
     cache = size_in_bytes(state.cache)

@@ -29,7 +29,7 @@ import pytest
 
 import mtd_jax as mtd
 from mtd_jax.decoding import engine
-from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.method import DecodeState, Method, Requests
 from mtd_jax.decoding.prompt import read_prompt
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.sharding import make_mesh, parse_mesh, partition, shardings
@@ -122,9 +122,16 @@ def _checkpoint(directory: Path, family: str, sizes: str) -> tuple[Path, list[tu
     return path, _tokens(mtd.load(path))
 
 
-def _tokens(model: mtd.LanguageModel) -> list[tuple[int, ...]]:
+def _tokens(
+    model: mtd.LanguageModel, method: Method = AR, prompts: list[list[int]] | None = None
+) -> list[tuple[int, ...]]:
     done = mtd.generate(
-        model, AR, PROMPTS, max_new_tokens=NEW_TOKENS, batch_size=len(PROMPTS), ignore_eos=True
+        model,
+        method,
+        prompts or PROMPTS,
+        max_new_tokens=NEW_TOKENS,
+        batch_size=len(PROMPTS),
+        ignore_eos=True,
     )
     return [c.token_ids for c in done]
 
@@ -216,6 +223,29 @@ def _decoded(params: transformer.Parameters, tokens: jax.Array) -> jax.Array:
 
     _, logits = jax.lax.scan(step, cache, tokens[:, read:].T)
     return logits.swapaxes(0, 1)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "method"),
+    [
+        ("data=2,tensor=4", mtd.methods.ngram(branches="2x1")),
+        ("fsdp=4,tensor=2", mtd.methods.ngram(drafts=3)),
+        ("data=8", mtd.methods.self_speculative(skip_mlp="1", drafts=3)),
+        ("tensor=2", mtd.methods.prompt_lookup(drafts=3)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_drafting_gives_the_tokens_of_one_device(
+    checkpoints: Path, mesh: str, method: Method
+) -> None:
+    path, expected = _checkpoint(checkpoints, "llama", "all-divide")
+    model = mtd.load(path, mesh=make_mesh(parse_mesh(mesh)))
+    prompts = [[*p, *p[-6:], *p[-6:]] for p in PROMPTS]
+    plain = _tokens(mtd.load(path), AR, prompts)
+    assert plain != expected
+    assert _tokens(model, method, prompts) == plain
 
 
 # Activations of the eight rows stay below the smallest matrix of a layer, and a layer's matrices

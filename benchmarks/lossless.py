@@ -1,0 +1,73 @@
+r"""Every training-free method beside plain decoding on many prompts: the same tokens?
+
+    python benchmarks/lossless.py --model models/smollm2-135m-instruct \
+        --prompts benchmarks/prompts/smoke.jsonl --out benchmarks/results/cpu-lossless.json
+
+What `mtd verify` does, with plain decoding run once for all methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import mtd_jax as mtd
+from mtd_jax.cli.session import choose_method
+from mtd_jax.decoding.requests import encode, read_prompts
+from mtd_jax.evaluation import environment
+from mtd_jax.evaluation.losslessness import LosslessReport, compare
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--skip", default="configs/methods/smollm2-135m-self-speculative")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    model = mtd.load(args.model)
+    prompts = read_prompts(args.prompts)
+    budget, size = args.max_new_tokens, args.batch_size
+
+    def answers(method: mtd.methods.Method) -> list[mtd.Completion]:
+        return mtd.generate(model, method, prompts, max_new_tokens=budget, batch_size=size)
+
+    ids = [
+        encode(p, model.config, model.tokenizer, max_new_tokens=budget, chat=None).token_ids
+        for p in prompts
+    ]
+    plain = answers(mtd.methods.autoregressive())
+    methods = {
+        "ngram": mtd.methods.ngram(),
+        "ngram:branches=2x2": mtd.methods.ngram(branches="2x2"),
+        "prompt_lookup": mtd.methods.prompt_lookup(),
+        "self_speculative:drafts=3": choose_method(
+            "self_speculative", args.skip, {"drafts": "3"}, ""
+        ).method,
+    }
+    rows = []
+    for name, method in methods.items():
+        done = answers(method)
+        triples = zip(ids, done, plain, strict=True)
+        report = LosslessReport([compare(model, *triple) for triple in triples]).to_dict()
+        parted = [c for c in report.pop("comparisons") if not c["identical"]]
+        rows.append({"method": name, **report, "parted": parted})
+        print(name, report, flush=True)
+    result = {
+        "hardware": environment.hardware(),
+        "versions": environment.versions(),
+        **environment.provenance(),
+        "dtype": str(model.params.embedding.dtype),
+        "max_new_tokens": budget,
+        "batch_size": size,
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

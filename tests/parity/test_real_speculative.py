@@ -1,0 +1,43 @@
+"""Drafting on the real model: the tokens of plain decoding, and drafts that are worth it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import mtd_jax as mtd
+from mtd_jax.evaluation.losslessness import verify
+from tests.support.real import model_directory
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+PROMPTS = (
+    "Repeat this list three times:\n- apples\n- pears\n- a loaf of bread\n- two bottles of milk",
+    "Rename the variable x to total and print the whole function again:\n\n"
+    "def add(values):\n    x = 0\n    for value in values:\n        x = x + value\n    return x\n",
+    "Why is the sky blue?",
+)
+METHODS = {
+    "ngram": (mtd.methods.ngram(drafts=7), 1.5),
+    "tree": (mtd.methods.ngram(branches="2x2x1"), 1.5),
+    "prompt_lookup": (mtd.methods.prompt_lookup(drafts=7), 1.5),
+    "self_speculative": (mtd.methods.self_speculative(skip_attention="5", drafts=3), 2.0),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> mtd.LanguageModel:
+    return mtd.load(model_directory())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tokens_are_those_of_plain_decoding(model: mtd.LanguageModel, name: str) -> None:
+    """The floor is what is seen now, less a margin: acceptance that breaks down fails here."""
+    method: Any
+    method, floor = METHODS[name]
+    report = verify(model, method, PROMPTS, max_new_tokens=40, batch_size=3)
+    assert report.passed, report.to_dict()
+    done = mtd.generate(model, method, PROMPTS[:2], max_new_tokens=40, batch_size=3)
+    for completion in done:
+        assert (completion.metrics.mean_acceptance_length or 0) >= floor, completion
