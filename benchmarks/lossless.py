@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mtd_jax as mtd
 from mtd_jax.cli.session import choose_method
+from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.requests import encode, read_prompts
 from mtd_jax.evaluation import environment
 from mtd_jax.evaluation.losslessness import LosslessReport, compare
@@ -33,7 +34,7 @@ def main() -> None:
     prompts = read_prompts(args.prompts)
     budget, size = args.max_new_tokens, args.batch_size
 
-    def answers(method: mtd.methods.Method) -> list[mtd.Completion]:
+    def answers(method: Method) -> list[mtd.Completion]:
         return mtd.generate(model, method, prompts, max_new_tokens=budget, batch_size=size)
 
     ids = [

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from shapes import random_model, whole_numbers
+from shapes import random_model, whole_numbers  # type: ignore[import-not-found]
 
 import mtd_jax as mtd
 from mtd_jax.config import ModelConfig

@@ -38,6 +38,7 @@ number of drafts (drafts=auto, the default of ngram and prompt_lookup) choose by
 on this machine, which are kept for the next run; --auto measures them anew and shows them.
 """
 _DEFAULT_NEW_TOKENS = 128
+_FILE_WIDTH = 150
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
@@ -217,6 +218,8 @@ def _show(result: BenchResult, costs: Sequence[dict[str, Any]]) -> None:
             f"{row.compile_seconds:.1f}",
         )
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
     console.print(table)
     for entry in costs:
         pairs = zip(entry["rows"], entry["milliseconds"], strict=True)

@@ -78,8 +78,9 @@ def measure(
     capacity = engine.prompt_capacity(model.params, method, padded)
     best = [math.inf] * len(forced)
     with model.on_mesh():
+        # Begun by a forced method as well: what it keeps between steps may say when drafting ends.
         state, _ = engine.start(
-            method, model.params, jnp.asarray(tokens), jnp.asarray(lengths), requests, capacity
+            forced[0], model.params, jnp.asarray(tokens), jnp.asarray(lengths), requests, capacity
         )
         for _ in range(_TRIALS + 1):  # the first one compiles
             for i, candidate in enumerate(forced):
