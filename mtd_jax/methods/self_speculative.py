@@ -20,8 +20,9 @@ from mtd_jax.decoding.method import DecodeState, Requests
 from mtd_jax.decoding.penalties import penalized
 from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.decoding.sampling import log_probabilities, sample
-from mtd_jax.decoding.speculative import in_place_switch, verify_draws
+from mtd_jax.decoding.speculative import in_place_switch, verify_drafts, verify_draws
 from mtd_jax.decoding.traffic import weight_bytes
+from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.model import Parameters, extend, unembed
 from mtd_jax.transformer.stack import Skip
@@ -102,27 +103,43 @@ class SelfSpeculative(struct.PyTreeNode):
         chosen = best_size(self.sizes, self.costs, rate, most, state.active)
         limit = jnp.asarray(self.sizes, jnp.int32)[chosen] - 1
 
+        def plain(state: DecodeState) -> DecodeState:
+            nothing = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
+            return verify_drafts(params, state, TokenTree.chain(0), nothing)
+
+        def drafted(state: DecodeState) -> DecodeState:
+            return self._drafted(params, state, limit)
+
+        branches = (plain, drafted) if self.sizes[0] == 1 else (drafted,)
+        index = jnp.minimum(limit, len(branches) - 1)
+        state = in_place_switch(index, branches, state)
+        accepted = jnp.maximum(state.emitted_count - 1, 0)
+        return state.replace(extra=self._adapted(adaptation, state.drafted, accepted, kind))
+
+    def _drafted(
+        self, params: Parameters, state: DecodeState, limit: Int[Array, ""]
+    ) -> DecodeState:
+        """Drafts up to `limit` tokens, and verifies in as few rows as hold them."""
         state, drafts, count, log_q = self._draft(params, state, limit)
-        # Fewer rows where all drafts ended early.
-        fits = jnp.asarray(self.sizes, jnp.int32) > jnp.max(count)
-        size = jnp.argmax(fits).astype(jnp.int32)
+        sizes = [size for size in self.sizes if size > 1]
+        fits = jnp.asarray(sizes, jnp.int32) > jnp.max(count)
 
         def with_rows(rows: int) -> Any:
             def verified(state: DecodeState) -> DecodeState:
-                chain = drafts[:, : max(rows - 1, 1)]
-                return verify_draws(params, state, chain, count, log_q[:, : chain.shape[1]])
+                return verify_draws(
+                    params, state, drafts[:, : rows - 1], count, log_q[:, : rows - 1]
+                )
 
             return verified
 
-        state = in_place_switch(size, [with_rows(rows) for rows in self.sizes], state)
-        accepted = jnp.maximum(state.emitted_count - 1, 0)
-        return state.replace(extra=self._adapted(adaptation, count, accepted, kind))
+        size = jnp.argmax(fits).astype(jnp.int32)
+        return in_place_switch(size, [with_rows(rows) for rows in sizes], state)
 
     def _draft(
         self, params: Parameters, state: DecodeState, limit: Int[Array, ""]
     ) -> tuple[DecodeState, Int[Array, "B drafts"], Int[Array, " B"], Float[Array, "B drafts V"]]:
         """Up to `limit` drafts of each row, how many there are, and what they were drawn from."""
-        batch, most = state.pending.shape[0], max(self.sizes[-1] - 1, 1)
+        batch, most = state.pending.shape[0], self.sizes[-1] - 1
         vocab, length = params.config.vocab_size, state.cache.length
         sampling = state.requests.sampling
         threshold = state.extra.threshold
