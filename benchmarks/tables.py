@@ -87,7 +87,8 @@ def speculative() -> str:
     head = ["method", "batch", "decode tokens/s", "vs ar", "mean acceptance length"]
     head += ["tokens a pass", "share of bandwidth", "same tokens as ar"]
     rows = []
-    for row in _result("cpu-speculative")["rows"]:
+    found = [*_result("cpu-speculative")["rows"], *_result("cpu-self-speculative")["rows"][1:]]
+    for row in found:
         length = row["mean_acceptance_length"]
         rows.append(
             [

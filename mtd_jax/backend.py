@@ -5,6 +5,8 @@ Everything here was chosen by measurement (docs/performance.md) and changes spee
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 
 _CPU_DECODE: dict[str, int | str] = {
@@ -13,6 +15,8 @@ _CPU_DECODE: dict[str, int | str] = {
     # 2-16 rows: Eigen's products are up to 1.35x faster than YNNPACK's on weights stored [in, out].
     "xla_cpu_experimental_ynn_fusion_type": "",
 }
+
+_MAPS_SHARE = 0.7
 
 
 def decode_options() -> dict[str, int | str] | None:
@@ -38,3 +42,23 @@ def relative_step_cost(rows: int) -> float:
     if jax.default_backend() == "cpu":
         return 1.0 + 0.15 * (rows > 1) + 0.03 * (rows - 1)
     return 1.0 + 0.003 * (rows - 1)
+
+
+def release_programs() -> bool:
+    """Forgets all compiled programs if the process comes near the limit of its memory maps.
+
+    XLA for CPU maps the code of every kernel apart, 1,500 to 3,500 maps for a program of thirty
+    layers, and the kernel ends a process that asks for more than `vm.max_map_count` (65,530). What
+    is needed again is taken from the persistent cache, where there is one.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+        maps = Path("/proc/self/maps").read_bytes().count(b"\n")
+    except (OSError, ValueError):  # another system, without that limit
+        return False
+    if maps < _MAPS_SHARE * limit:
+        return False
+    jax.clear_caches()
+    return True

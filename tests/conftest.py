@@ -27,7 +27,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-import jax  # noqa: E402  (after the environment)
+from collections.abc import Iterator  # noqa: E402  (after the environment)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # A missing axis broadcasts silently and mixed dtypes promote silently: here both raise. Products in
@@ -42,3 +45,12 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 # The same examples in every run; compilation makes single examples slow, so there is no deadline.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+
+@pytest.fixture(autouse=True)
+def _release_programs() -> Iterator[None]:
+    """A worker compiles thousands of programs, and may not keep the memory maps of all of them."""
+    yield
+    from mtd_jax.backend import release_programs  # not before jaxtyping's hook is there
+
+    release_programs()

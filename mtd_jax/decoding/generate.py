@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtd_jax import backend
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.clock import Clock
 from mtd_jax.decoding.language_model import LanguageModel
@@ -214,6 +215,7 @@ def _decode(
             for i, request in enumerate(requests[part])
         ]
         yield from _decode_batch(model, method, rows, samplings[part], stop_ids, batch_size, rounds)
+        backend.release_programs()
 
 
 def _decode_batch(
