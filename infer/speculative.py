@@ -3,8 +3,7 @@
     python infer/speculative.py --model models/smollm2-135m-instruct --prompt "Repeat: a b a b"
 
 Guess the next tokens, run the model on all guesses at once, keep those that it would have said
-itself: the text is that of plain decoding, the passes are fewer. The library's own method
-(`mtd_jax/methods/prompt_lookup.py`) drafts on the device, samples, batches and adapts.
+itself. `mtd_jax/methods/prompt_lookup.py` does it on the device, samples, batches and adapts.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ DRAFTS = TokenTree.chain(7)
 
 def lookup(text: list[int], count: int) -> list[int]:
     """What followed the last two tokens where they occurred first; -1 where nothing did."""
-    for at in range(len(text) - 2):
-        if text[at : at + 2] == text[-2:]:
-            return (text[at + 2 : at + 2 + count] + [-1] * count)[:count]
-    return [-1] * count
+    places = (i + 2 for i in range(len(text) - 2) if text[i : i + 2] == text[-2:])
+    at = next(places, len(text))
+    return (text[at : at + count] + [-1] * count)[:count]
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -57,18 +55,19 @@ def main() -> None:
     prompt = mtd.Prompt("0", text=None if ids else args.prompt, token_ids=ids or None)
     budget = args.max_new_tokens
     request = encode(prompt, model.config, model.tokenizer, max_new_tokens=budget, chat=None)
-    text = list(request.token_ids)
-    end, passes = len(text) + request.budget, 0
+    text, passes = list(request.token_ids), 0
+    start, end, stops = len(text), len(text) + request.budget, set(model.eos_token_ids)
     cache = KVCache.empty(model.config, 1, end + DRAFTS.size, model.params.embedding.dtype)
     # All but the newest token go into the cache; that one leads the first row of drafts.
     _, cache = extend(model.params, cache, jnp.array([text[:-1] or text], jnp.int32))
-    cache = cache.commit(jnp.array([len(text) - 1], jnp.int32))
-    while len(text) < end and text[-1] not in model.eos_token_ids:
+    cache = cache.commit(jnp.array([start - 1], jnp.int32))
+    while len(text) < end and not stops & set(text[start:]):
         rows = [text[-1], *lookup(text, DRAFTS.max_depth)]
         verdict, cache = verify(model.params, cache, jnp.array([rows], jnp.int32))
         text += verdict.tokens[0, : int(verdict.accepted[0]) + 1].tolist()
         passes += 1
-    new = text[len(request.token_ids) : end]
+    # What was accepted behind the budget or an end token does not count.
+    new = text[start : min([end] + [i + 1 for i in range(start, len(text)) if text[i] in stops])]
     print(model.tokenizer.decode(new) if model.tokenizer is not None else new)
     print(f"[{len(new)} tokens in {passes} passes: {len(new) / passes:.2f} tokens a pass]")
 
@@ -77,4 +76,5 @@ if __name__ == "__main__":
     try:
         main()
     except (mtd.InputError, ValueError, OSError) as error:
-        sys.exit(f"speculative.py: error: {' '.join(str(error).split())}")
+        print(f"speculative.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -20,6 +20,7 @@ from mtd_jax.decoding.requests import Prompt
 from mtd_jax.decoding.sampling import Sampling
 from mtd_jax.decoding.score import logits
 from mtd_jax.errors import InputError
+from mtd_jax.evaluation.step_cost import calibrated
 from mtd_jax.transformer.model import forward
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "LanguageModel",
     "Prompt",
     "Sampling",
+    "calibrated",
     "forward",
     "generate",
     "load",

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if Path(path).is_dir() or not Path(path).parent.is_dir():
             raise InputError(f"cannot write {path}: it is a directory, or is in none")
     if args.plot is not None:
-        plot.require_matplotlib()
+        plot.check_drawable(Path(args.plot))
     sampling = sampling_of(args)
     choices = _choices(args.methods, args.heads)
     sizes = _different([_positive(text) for text in args.batch_sizes.split(",")], "--batch-sizes")

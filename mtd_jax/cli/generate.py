@@ -17,6 +17,7 @@ from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.metrics import Metrics, total
 from mtd_jax.decoding.requests import DEFAULT_NEW_TOKENS, Prompt, read_prompts
 from mtd_jax.errors import InputError
+from mtd_jax.evaluation.roofline import memory_bandwidth
 
 _DESCRIPTION = """\
 Answer one prompt or a file of prompts.
@@ -66,9 +67,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = [Prompt(id="0", text=args.prompt)] if args.prompt is not None else None
     prompts = prompts or read_prompts(args.prompts)
     model = open_model(args)
-    method = choice.fitted(
-        model, batch_size=args.batch_size, prompt_tokens=typical_length(model, prompts)
-    )
+    length = typical_length(model, prompts, args.chat)
+    method = choice.fitted(model, batch_size=args.batch_size, prompt_tokens=length)
     budget = DEFAULT_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
     chunks = generate(
         model,
@@ -136,6 +136,7 @@ def _with_progress(
 def _report(
     args: argparse.Namespace, method: Method, completions: list[Completion], metrics: Metrics
 ) -> dict[str, object]:
+    bandwidth = memory_bandwidth()
     outputs = [
         {
             "id": c.id,
@@ -143,7 +144,7 @@ def _report(
             "token_ids": list(c.token_ids),
             "prompt_tokens": c.prompt_tokens,
             "finish_reason": c.finish_reason,
-            "metrics": c.metrics.to_dict(),
+            "metrics": c.metrics.to_dict(bandwidth),
         }
         for c in completions
     ]
@@ -152,7 +153,7 @@ def _report(
         "method": args.method,
         "lossless": method.lossless,
         "outputs": outputs,
-        "metrics": metrics.to_dict(),
+        "metrics": metrics.to_dict(bandwidth),
     }
 
 

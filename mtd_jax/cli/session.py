@@ -87,11 +87,13 @@ def open_method(args: argparse.Namespace) -> Choice:
     return choose_method(args.method, args.heads, parse_options(args.option), args.method)
 
 
-def typical_length(model: LanguageModel, prompts: Sequence[AnyPrompt]) -> int:
+def typical_length(
+    model: LanguageModel, prompts: Sequence[AnyPrompt], chat: bool | None = None
+) -> int:
     """The median of the prompts' lengths in tokens: where costs are measured."""
     known = [as_prompt(p, i) for i, p in enumerate(prompts)]
     lengths = [
-        len(encode(p, model.config, model.tokenizer, max_new_tokens=1, chat=None).token_ids)
+        len(encode(p, model.config, model.tokenizer, max_new_tokens=1, chat=chat).token_ids)
         for p in known
     ]
     return int(statistics.median_high(lengths))

@@ -29,9 +29,9 @@ Find settings of a method that fit your model and prompts; no training.
 _SKIP_DESCRIPTION = """\
 Search the sublayers that the model leaves out while it drafts for itself.
 
-The objective is the speed-up to expect: tokens a step over the weights it reads. It is the same
-every time, on every machine. What was tried is kept in DIR/search.json, so a search that was
-stopped goes on where it was.
+The objective is the speed-up to expect: tokens a step over the weights it reads. It measures no
+time, so the search finds the same every time. What was tried is kept in DIR/search.json, so a
+search that was stopped goes on where it was.
 """
 _SEARCH_FILE = "search.json"
 
@@ -123,8 +123,9 @@ class _Log:
         try:
             values: Any = json.loads(path.read_text(encoding="utf-8"))
             if values["about"] == self._about:
-                self.known.update(values["agreement"])
-        except (OSError, ValueError, KeyError, TypeError):
+                found = values["agreement"].items()
+                self.known.update({k: v for k, v in found if isinstance(v, float) and 0 <= v <= 1})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # nothing usable was there: everything is tried anew
 
     def save(self) -> None:

@@ -87,10 +87,12 @@ class Metrics:
             compile_seconds=self.compile_seconds + clock.compile_seconds,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+    def to_dict(self, bandwidth: float | None = None) -> dict[str, Any]:
+        """JSON-ready values; with the memory's `bandwidth` in bytes a second, the share of it."""
         later = self.tokens - self.prompts
-        return {
+        possible = bandwidth * self.decode_seconds if bandwidth is not None else 0.0
+        share = {} if bandwidth is None else {"roofline_share": _rounded(self.bytes_read, possible)}
+        return share | {
             "tokens": self.tokens,
             "seconds": round(self.seconds, 6),
             "tokens_per_second": round(self.tokens_per_second, 3),

@@ -186,7 +186,8 @@ def build_tree(accuracies: np.ndarray, nodes: int) -> TokenTree:
     node's chance is never over its parent's. Fewer nodes come back where chances reach zero.
 
     Args:
-      accuracies: as in `TokenTree.expected_tokens`; ranks of a depth must not ascend.
+      accuracies: as in `TokenTree.expected_tokens`; a rank that seems better than the one before
+        it is taken for no better.
     """
     accuracies = _checked(accuracies)
     depths, ranks = accuracies.shape
@@ -239,6 +240,5 @@ def _checked(accuracies: np.ndarray) -> np.ndarray:
         raise InputError("accuracies of a tree must be [depth, rank] numbers of at least 0")
     if values.sum(axis=1).max(initial=0) > 1 + 1e-6:
         raise InputError("accuracies of one depth must not add up to more than 1")
-    if (np.diff(values, axis=1) > 1e-9).any():
-        raise InputError("accuracies of one depth must not ascend with the rank")
-    return values
+    # Noise of the measurement: a later guess is not better than an earlier one.
+    return np.minimum.accumulate(values, axis=1)

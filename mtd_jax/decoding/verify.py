@@ -139,6 +139,7 @@ def siblings(
     is drawn from what is left of p.
 
     Args:
+      drafts: -1 is none.
       log_q: at each node, the distribution that its children were drawn from.
       keys: a key for each node, shared with nobody but `sample`.
     """
@@ -155,7 +156,7 @@ def siblings(
         kept = jnp.zeros(batch, jnp.bool)
         for rank in range(_widest(tree, depth)):
             child = _child_table(tree)[rank][here]
-            offered = going & ~kept & (child > 0)
+            offered = going & ~kept & (child > 0) & (drafts[rows, child] >= 0)
             token = jnp.maximum(drafts[rows, child], 0)
             key = keys[rows, here]
             uniform = jax.vmap(lambda k, r=rank: jax.random.uniform(typed(k, _TEST, r)))(key)

@@ -44,7 +44,7 @@ class Row:
     """(slowest to fastest repeat) / median of tokens_per_second."""
     speedup_vs_ar: float | None
     """Median over repeats of the ratio of decode seconds to ar's in the same repeat, token for
-    token; None without ar in the run."""
+    token; None without ar in the run or where answers have one token."""
     roofline_share: float
     """Bytes that decoding must read, per second, over the bandwidth."""
     identical_to_ar: bool | None
@@ -52,7 +52,7 @@ class Row:
     lossless: bool
     """By the method's construction."""
     verdict: str
-    """`faster`, `as fast`, `slower` than ar, or empty without ar in the run."""
+    """`faster`, `as fast`, `slower` than ar; empty without ar, or where nothing was decoded."""
     by_category: dict[str, dict[str, Any]]
     """speedup_vs_ar and acceptance of the prompts of each category, where prompts have one."""
     compile_seconds: float
@@ -165,8 +165,9 @@ def _row(
     if BASELINE in runs:
         speedup = _speedup(runs, label, batch_size)
         identical = _tokens(runs[label][0]) == _tokens(runs[BASELINE][0])
-        verdict = "faster" if speedup > 1 / _SLOWER else "as fast"
-        verdict = "slower" if speedup < _SLOWER else verdict
+        if speedup is not None:
+            verdict = "faster" if speedup > 1 / _SLOWER else "as fast"
+            verdict = "slower" if speedup < _SLOWER else verdict
     return Row(
         method=label,
         batch_size=batch_size,
@@ -202,24 +203,28 @@ def _by_category(
         part = {m: [[run[i] for i in chosen] for run in rs] for m, rs in runs.items()}
         metrics = total([c.metrics for c in part[label][0]], batch_size)
         length = metrics.mean_acceptance_length
+        speedup = _speedup(part, label, batch_size) if BASELINE in runs else None
         report[category] = {
             "prompts": len(chosen),
-            "speedup_vs_ar": round(_speedup(part, label, batch_size), 4)
-            if BASELINE in runs
-            else None,
+            "speedup_vs_ar": None if speedup is None else round(speedup, 4),
             "mean_acceptance_length": None if length is None else round(length, 4),
             "tokens_per_forward": round(_ratio(metrics.tokens, metrics.forwards), 4),
         }
     return report
 
 
-def _speedup(runs: Runs, label: str, batch_size: int) -> float:
-    """Median over the repeats of decode speed over that of ar in the same repeat."""
+def _speedup(runs: Runs, label: str, batch_size: int) -> float | None:
+    """Median over the repeats of decode speed over that of ar in the same repeat.
+
+    None where nothing was decoded: answers of one token come with the prompt.
+    """
     ratios = []
     for mine, base in zip(runs[label], runs[BASELINE], strict=True):
         ours, theirs = (total([c.metrics for c in run], batch_size) for run in (mine, base))
-        ratios.append(_ratio(ours.decode_tokens_per_second, theirs.decode_tokens_per_second))
-    return statistics.median(ratios)
+        speeds = ours.decode_tokens_per_second, theirs.decode_tokens_per_second
+        if min(speeds) > 0:
+            ratios.append(speeds[0] / speeds[1])
+    return statistics.median(ratios) if ratios else None
 
 
 def _ratio(amount: float, parts: float) -> float:

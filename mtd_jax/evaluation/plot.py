@@ -9,16 +9,21 @@ from typing import Any
 from mtd_jax.errors import InputError
 
 
-def require_matplotlib() -> None:
+def check_drawable(path: Path) -> None:
     """Refuses to go on where nothing can be drawn: before a long measurement, not behind it.
 
     Raises:
-      InputError: matplotlib is not installed.
+      InputError: matplotlib is not installed, or does not know the file's ending.
     """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError:
         raise InputError("plots need matplotlib: pip install 'mtd-jax[plot]'") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".") not in known:
+        raise InputError(
+            f"cannot draw {path}: its ending must be one of {', '.join(sorted(known))}"
+        )
 
 
 def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

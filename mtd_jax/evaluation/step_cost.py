@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method, Requests
 from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
+from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment
+from mtd_jax.methods import ngram
 
 _ROUNDS = 4
 _TRIALS = 5
@@ -45,11 +50,13 @@ def calibrated(
       prompt_tokens: about how long they are.
       cache: a JSON file where measured costs are kept, by model, machine, method and sizes.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if not is_adaptive(method):
         return method
     key = _key(model, method, batch_size, prompt_tokens)
     known = _read(cache)
-    if key not in known:
+    if not _usable(known.get(key), len(method.sizes)):
         known[key] = measure(model, method, batch_size=batch_size, prompt_tokens=prompt_tokens)
         _write(cache, known)
     return method.replace(costs=jnp.asarray(known[key], jnp.float32))
@@ -93,6 +100,32 @@ def measure(
     return best
 
 
+def step_seconds(
+    model: LanguageModel,
+    rows: Sequence[int] = (1, 4, 8, 16, 32, 64),
+    *,
+    batch_size: int = 1,
+    prompt_tokens: int = 64,
+) -> Callable[[int], float]:
+    """Seconds of a verifying step by its rows, measured now: what `tree.best_tree` asks for.
+
+    Between the measured counts the cost is interpolated; beyond the last one it grows as before.
+    """
+    counts = sorted({1, *rows})
+    chain = TokenTree.chain(counts[-1] - 1)
+    method = ngram(drafts=1).replace(
+        tree=chain, sizes=tuple(counts), costs=jnp.ones(len(counts), jnp.float32)
+    )
+    costs = measure(model, method, batch_size=batch_size, prompt_tokens=prompt_tokens)
+    slope = (costs[-1] - costs[0]) / max(counts[-1] - 1, 1)
+
+    def seconds(count: int) -> float:
+        beyond = max(count - counts[-1], 0)
+        return float(np.interp(count, counts, costs)) + beyond * max(slope, 0.0)
+
+    return seconds
+
+
 def _forcing(sizes: int) -> np.ndarray:
     """[sizes, sizes] costs: row i makes every size but i as good as impossible."""
     costs = np.full((sizes, sizes), 1e30, np.float32)
@@ -128,7 +161,18 @@ def _read(cache: Path | None) -> dict[str, list[float]]:
 def _write(cache: Path | None, known: dict[str, list[float]]) -> None:
     if cache is None:
         return
-    cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = cache.with_name(f".{cache.name}.{time.time_ns()}")
-    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    temporary.replace(cache)
+    # A place that cannot be written costs a measurement in the next run, and nothing now.
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        temporary.replace(cache)
+
+
+def _usable(costs: Any, sizes: int) -> bool:
+    """Whether what was kept are costs at all: files are edited, and broken."""
+    return (
+        isinstance(costs, list)
+        and len(costs) == sizes
+        and all(isinstance(cost, float) and 0 < cost < math.inf for cost in costs)
+    )

@@ -166,9 +166,9 @@ def _copying(
 
 
 def _layers(name: str, text: str) -> frozenset[int]:
-    """Layer numbers from `3,8,10-14`."""
+    """Layer numbers from `3,8,10-14`, or `3+8+10-14` where commas part methods (`mtd bench`)."""
     found: set[int] = set()
-    for part in filter(None, text.split(",")):
+    for part in filter(None, text.replace("+", ",").split(",")):
         first, dash, last = part.strip().partition("-")
         ends = first, last if dash else first
         if not all(end.isdecimal() and len(end) < 6 for end in ends):

@@ -69,6 +69,17 @@ def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
             }.items()
         ),
         (["bench", "--model", "{model}", "--prompts", "x", "--plot", "no/x.png"], "cannot write"),
+        (["bench", "--model", "{model}", "--prompts", "x", "--plot", "x.foo"], "cannot draw"),
+        *(
+            (
+                [
+                    *("generate", "--model", "{model}", "--prompts", "{tokens}"),
+                    *("--method", "ngram", "--batch-size", size),
+                ],
+                "batch_size must be at least 1",
+            )
+            for size in ("0", "-1")
+        ),
         (["verify", "--model", "{model}", "--prompts", "no.jsonl"], "no prompts file"),
         (["verify", "--model", "{model}", "--prompts", "x", "--batch-size", "0"], "batch-size"),
         (["tune", "self", "--model", "{model}"], "self-speculative"),
@@ -146,8 +157,10 @@ def test_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert said in _refused(capsys, *[a.replace("{model}", model) for a in argv])
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "tokens.jsonl").write_text('{"token_ids": [5, 6]}')
+    filled = [a.replace("{model}", model).replace("{tokens}", "tokens.jsonl") for a in argv]
+    assert said in _refused(capsys, *filled)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,17 +192,65 @@ def test_damaged_settings_are_refused(
     assert "method.json" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_program_in_infer(model: Path) -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "infer/speculative.py", "--model", str(model), "--token-ids", "5,6,5,6,5"],
-        cwd=root,
+def _infer(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "infer/speculative.py", *argv],
+        cwd=Path(__file__).parents[2],
         env=environment(),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert "tokens a pass" in done.stdout
-    assert len((root / "infer" / "speculative.py").read_text().splitlines()) <= 80
+
+
+@pytest.mark.slow
+def test_the_program_in_infer(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokens of plain decoding, also where an end token is accepted inside a draft."""
+    program = Path(__file__).parents[2] / "infer" / "speculative.py"
+    assert len(program.read_text().splitlines()) <= 80
+    ids = [5, 6, 7] * 5
+    prompts = tmp_path / "one.jsonl"
+    prompts.write_text(json.dumps({"token_ids": ids}))
+    argv = ["generate", "--prompts", str(prompts), *NEW_TOKENS]
+    answer = _json(capsys, *argv, "--model", str(model))["outputs"][0]["token_ids"]
+    stop = next(t for t in answer[4:] if t not in ids)
+    ending = tmp_path / "ending"
+    shutil.copytree(model, ending)
+    config = json.loads((ending / "config.json").read_text())
+    config["model"]["eos_token_ids"] = [stop]
+    (ending / "config.json").write_text(json.dumps(config))
+    for path in (model, ending):
+        expected = _json(capsys, *argv, "--model", str(path))["outputs"][0]["token_ids"]
+        text = ",".join(map(str, ids))
+        done = _infer("--model", str(path), "--token-ids", text, "--max-new-tokens", "24")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"{expected}\n[{len(expected)} tokens in")
+    bad = _infer("--model", str(model), "--token-ids", "5,999999")
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+
+
+def test_answers_of_one_token_have_no_speed_up(
+    model: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["bench", "--model", str(model), "--prompts", prompts, "--methods", "ar,ngram:drafts=3"]
+    argv += ["--repeats", "1", "--max-new-tokens", "1"]
+    assert main(argv) == 0
+    assert "SLOWER" not in capsys.readouterr().out
+    rows = _json(capsys, *argv)["rows"]
+    assert [r["speedup_vs_ar"] for r in rows] == [None, None]
+
+
+@pytest.mark.parametrize("kept", ["[]", "{}", '{"x": [1]}', "nonsense"])
+def test_a_broken_or_unwritable_cache_only_costs_a_measurement(
+    kept: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"token_ids": [5, 6, 7]}')
+    argv = ["generate", "--model", str(model), "--prompts", str(prompts), "--method", "ngram"]
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache" / "step-costs.json").write_text(kept)
+    assert main([*argv, "--max-new-tokens", "3"]) == 0
+    monkeypatch.setenv("MTD_CACHE_DIR", "/proc/nothing")
+    assert main([*argv, "--max-new-tokens", "3"]) == 0
