@@ -1,9 +1,11 @@
 """Decoding speed of a model's shape with random weights, against the memory bandwidth.
 
     python benchmarks/shapes.py configs/models/qwen3-4b.toml --dtype bfloat16 --out results.json
+    python benchmarks/shapes.py configs/models/qwen3-4b.toml --dtype bfloat16 --prompt-tokens 1024 \
+        --new-tokens 1024 --methods ar,dmtd:cycle=2,dmtd:cycle=3,dmtd:cycle=4
 
-Speed does not depend on what the weights say, so a shape is enough to measure a machine. Runs from
-the source tree, on CPU, GPU or TPU.
+The speed of plain decoding and of cycles does not depend on what the weights say, so a shape is
+enough to measure a machine. Runs from the source tree, on CPU, GPU or TPU.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 from mtd_jax import methods, parameters
 from mtd_jax.config import ModelConfig, read_shape
 from mtd_jax.decoding.language_model import LanguageModel
+from mtd_jax.decoding.method import Method
 from mtd_jax.evaluation import environment
 from mtd_jax.evaluation.bench import bench, to_json
 from mtd_jax.transformer import model
@@ -45,6 +48,12 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers") from None
 
 
+def _method(label: str, _: int) -> Method:
+    """Of `dmtd:cycle=2`, say; the same for every batch size."""
+    name, *options = label.split(":")
+    return methods.make_method(name, dict(option.split("=", 1) for option in options))
+
+
 def main() -> None:
     """Measures and prints one shape."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -53,6 +62,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--batch-sizes", type=whole_numbers, default=[1], metavar="B,B,...")
+    parser.add_argument("--methods", default="ar", metavar="M,M,...", help="as for `mtd bench`")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -60,7 +70,7 @@ def main() -> None:
     loaded = random_model(config, args.dtype, args.config.stem)
     result = bench(
         loaded,
-        {"ar": lambda _: methods.autoregressive()},
+        {label: functools.partial(_method, label) for label in args.methods.split(",")},
         [[7] * args.prompt_tokens] * max(args.batch_sizes),
         batch_sizes=args.batch_sizes,
         max_new_tokens=args.new_tokens,

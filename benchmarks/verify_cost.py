@@ -28,7 +28,7 @@ from shapes import random_model, whole_numbers  # type: ignore[import-not-found]
 import mtd_jax as mtd
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding import engine
-from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
 from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.decoding.speculative import verify_drafts
@@ -38,7 +38,7 @@ from mtd_jax.evaluation.plot import plot_step_cost
 from mtd_jax.transformer.model import Parameters
 
 
-class Rows(struct.PyTreeNode):
+class Rows(BaseMethod):
     """A method that verifies the same number of rows in every step, and accepts none."""
 
     rows: int = struct.field(pytree_node=False)
@@ -54,10 +54,6 @@ class Rows(struct.PyTreeNode):
     def rows_per_step(self) -> int:
         """A slot a row."""
         return self.rows
-
-    def draft_bytes(self, params: Parameters) -> int:
-        """Drafts cost nothing."""
-        return 0
 
     def prefill(
         self,

@@ -15,6 +15,10 @@ from mtd_jax.errors import InputError, unknown_name
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
+Anchor = Literal["prompt", "sequence"]
+ANCHORS: tuple[Anchor, ...] = ("prompt", "sequence")
+MAX_CYCLE = 8
+"""Tokens of a DMTD cycle at most."""
 
 # Bounds against hostile or broken files: far above any model that exists, far below what would
 # exhaust memory before the first tensor is looked at.
@@ -96,6 +100,34 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CycleConfig:
+    """The cycles that a model was trained for (DMTD, arXiv 2510.11958; docs/dmtd.md).
+
+    Raises:
+      InputError: a value outside its range.
+    """
+
+    early: int
+    """E: layers whose output meets the late layers beside the middle ones'."""
+    late: int
+    """D: layers that run for every token."""
+    cycle: int
+    """Tokens of a cycle."""
+    anchor: Anchor | None = None
+    """Where cycles start: behind the prompt, or at the first token of the text; None: not known, as
+    in checkpoints of the method's authors."""
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("early", 0, 2**12), ("late", 1, 2**12), ("cycle", 1, MAX_CYCLE)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not least <= value <= most:
+                raise InputError(f"cycles: {name} must be {least} to {most}, got {value!r}")
+        if self.anchor is not None and self.anchor not in ANCHORS:
+            raise unknown_name("anchor", str(self.anchor)[:60], ANCHORS)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer.
 
@@ -133,6 +165,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    cycles: CycleConfig | None = None
+    """What DMTD decodes these weights with; changes nothing for other methods."""
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
@@ -162,6 +196,11 @@ class ModelConfig:
             for window in self.sliding_windows:
                 if window is not None:
                     _require_int("sliding window", window, 2**26)
+        if self.cycles is not None and self.cycles.early + self.cycles.late >= self.num_layers:
+            raise InputError(
+                f"{self.cycles.early} early and {self.cycles.late} late layers leave no middle one "
+                f"of {self.num_layers}"
+            )
         if not isinstance(self.eos_token_ids, tuple):
             raise InputError(f"eos_token_ids must be a list, got {self.eos_token_ids!r}")
         for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
@@ -200,9 +239,13 @@ class ModelConfig:
           InputError: an unknown key (the nearest known one is named) or a bad value.
         """
         values = dict(values)
-        rope = values.pop("rope", {})
+        rope, cycles = values.pop("rope", {}), values.pop("cycles", None)
         if not isinstance(rope, dict):
             raise InputError("config key 'rope' must be an object")
+        if cycles is not None:
+            if not isinstance(cycles, dict):
+                raise InputError("config key 'cycles' must be an object")
+            values["cycles"] = _from_fields(CycleConfig, cycles)
         for name in ("sliding_windows", "eos_token_ids"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot.check_drawable(Path(args.plot))
     sampling = sampling_of(args)
-    choices = _choices(args.methods, args.heads)
+    choices = _choices(args.methods, args.heads, args.model)
     sizes = _different([_positive(text) for text in args.batch_sizes.split(",")], "--batch-sizes")
     prompts = read_prompts(args.prompts)[: args.limit]
     model = open_model(args)
@@ -166,7 +166,7 @@ class _Fitter:
         return method
 
 
-def _choices(text: str, heads: Sequence[str]) -> list[Choice]:
+def _choices(text: str, heads: Sequence[str], model: str) -> list[Choice]:
     """The methods of `ar,ngram:drafts=4,...`, each with the heads that are for it."""
     labels = _different(text.split(","), "--methods")
     by_method = {read_method(arguments.existing_path(h, "heads")).method: h for h in heads}
@@ -176,7 +176,8 @@ def _choices(text: str, heads: Sequence[str]) -> list[Choice]:
     for label in labels:
         name, *options = label.split(":")
         directory = by_method.get(name)
-        choices.append(choose_method(name, directory, arguments.parse_options(options), label))
+        given = arguments.parse_options(options)
+        choices.append(choose_method(name, directory, given, label, model))
     names = {label.split(":")[0] for label in labels}
     for name, directory in by_method.items():
         if name not in names:

@@ -73,6 +73,8 @@ def _print_table(summary: dict[str, Any]) -> None:
         "source": summary["source"],
         "fingerprint": summary["fingerprint"] or "not computed (--fingerprint)",
     }
+    if model["cycles"] is not None:
+        rows["cycles (dmtd)"] = ", ".join(f"{k} {v}" for k, v in model["cycles"].items())
     if summary["method"] is not None:
         rows["method"] = json.dumps(summary["method"])
     table = Table(title=str(summary["path"]), show_header=False)

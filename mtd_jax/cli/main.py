@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from mtd_jax import __version__
 from mtd_jax.cli import (
@@ -14,6 +16,7 @@ from mtd_jax.cli import (
     chat,
     convert,
     distill,
+    evaluate,
     fetch,
     generate,
     inspect,
@@ -50,6 +53,7 @@ def make_parser() -> Parser:
         train,
         bench,
         verify,
+        evaluate,
         tune,
         aot,
     ):
@@ -57,8 +61,13 @@ def make_parser() -> Parser:
     return parser
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"mtd: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command: 0 on success, 2 with one line on stderr for bad input, 1 on a failure."""
+    warnings.showwarning = _show_warning
     try:
         parser = make_parser()
         args = parser.parse_args(argv)

@@ -13,7 +13,7 @@ import jax
 
 from mtd_jax import methods, sharding
 from mtd_jax.cli.arguments import existing_path, parse_options
-from mtd_jax.convert.load import load
+from mtd_jax.convert.load import load, read_description
 from mtd_jax.convert.method_files import MethodFile, read_method
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
@@ -70,10 +70,20 @@ class Choice:
         return fitted
 
 
-def choose_method(name: str, heads: str | None, options: Mapping[str, str], label: str) -> Choice:
-    """The method of that name with the options of its heads and, over them, `options`."""
+def choose_method(
+    name: str, heads: str | None, options: Mapping[str, str], label: str, model: str | None = None
+) -> Choice:
+    """The method of that name with the options of its heads or weights and, over them, `options`.
+
+    Args:
+      model: path of the weights, which say what cycles they were trained for.
+    """
     if heads is None:
-        return Choice(label, methods.make_method(name, options))
+        trained: dict[str, int] = {}
+        if name == "dmtd" and model is not None:
+            cycles = read_description(existing_path(model, "model"))[0].cycles
+            trained = {} if cycles is None else {"cycle": cycles.cycle}
+        return Choice(label, methods.make_method(name, {**trained, **options}))
     directory = existing_path(heads, "heads")
     file = read_method(directory)
     if name in methods.METHODS and file.method != name:
@@ -84,7 +94,8 @@ def choose_method(name: str, heads: str | None, options: Mapping[str, str], labe
 
 def open_method(args: argparse.Namespace) -> Choice:
     """The method of --method, --heads and --option."""
-    return choose_method(args.method, args.heads, parse_options(args.option), args.method)
+    options = parse_options(args.option)
+    return choose_method(args.method, args.heads, options, args.method, args.model)
 
 
 def typical_length(

@@ -22,8 +22,8 @@ from mtd_jax.sharding import fetched
 from mtd_jax.transformer.model import Parameters
 
 _SAMPLES = 8192
-# Names and special tokens do not change what the layers compute.
-_IGNORED = ("family", "bos_token_id", "eos_token_ids", "pad_token_id", "rope")
+# Names, special tokens and cycles do not change what the layers compute.
+_IGNORED = ("family", "bos_token_id", "eos_token_ids", "pad_token_id", "rope", "cycles")
 
 
 def fingerprint(params: Parameters) -> str:

@@ -7,10 +7,11 @@ transformers 4.x, `rope_parameters` of 5.x.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from mtd_jax.config import ROPE_KINDS, ModelConfig, RopeConfig
+from mtd_jax.config import ANCHORS, ROPE_KINDS, CycleConfig, ModelConfig, RopeConfig
 from mtd_jax.convert.families import FAMILIES, Family
 from mtd_jax.errors import InputError, unknown_name
 
@@ -31,7 +32,15 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "logits_scaling": (None, 1, 1.0),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0, 1),
+    # Later variants of DMTD: rows that look ahead, and rows that never reach the middle layers.
+    "dmtd_block_attention": (None, "none"),
+    "dmtd_history_mode": (None, "real"),
 }
+
+# The keys of DMTD's authors: E, M, D and the cycle; the last one is ours.
+_CYCLE_KEYS = ("num_encoding_layers", "num_thinking_layers", "num_decoding_layers", "mtp_horizon")
+_ANCHOR_KEY = "mtp_anchor"
+_CYCLE_PREFIX = re.compile(r"^(dmtd|mtp)[-_]?")
 
 # Keys whose null is a value (no window, no such token, as many as query heads), not an absence.
 _NULL_SAYS_SOMETHING = (
@@ -96,6 +105,7 @@ def config_from_hf(
         bos_token_id=_first_token(tokens.get("bos_token_id")),
         eos_token_ids=_tokens("eos_token_id", tokens.get("eos_token_id")),
         pad_token_id=_in_vocabulary(tokens.get("pad_token_id"), merged["vocab_size"]),
+        cycles=_cycles_from_hf(merged, layers),
     )
     return config
 
@@ -130,6 +140,7 @@ def config_to_hf(config: ModelConfig, dtype: str | None = None) -> dict[str, Any
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": config.pad_token_id,
         **_windows_to_hf(family, config),
+        **_cycles_to_hf(family, config),
     }
     if family.qkv_bias is None:
         values["attention_bias"] = config.qkv_bias
@@ -147,9 +158,40 @@ def _family_of(values: Mapping[str, Any]) -> tuple[str, Family]:
     kind = values.get("model_type")
     if not isinstance(kind, str):
         raise InputError("config.json has no 'model_type', so this is no model's directory")
+    if kind not in known and any(key in values for key in _CYCLE_KEYS):
+        kind = _CYCLE_PREFIX.sub("", kind)  # dmtdqwen3 and its like
     if kind not in known:
         raise unknown_name("model family", kind[:60], known)
     return known[kind], FAMILIES[known[kind]]
+
+
+def _cycles_from_hf(values: Mapping[str, Any], layers: int) -> CycleConfig | None:
+    given = [key for key in _CYCLE_KEYS if values.get(key) is not None]
+    if not given:
+        return None
+    if len(given) < len(_CYCLE_KEYS):
+        missing = sorted(set(_CYCLE_KEYS) - set(given))
+        raise InputError(f"config.json has {given[0]}, but no {', '.join(missing)}")
+    early, middle, late, cycle = (_whole(values, key) for key in _CYCLE_KEYS)
+    if early + middle + late != layers:
+        raise InputError(
+            f"config.json: {early} + {middle} + {late} layers in groups, but {layers} in all"
+        )
+    anchor = values.get(_ANCHOR_KEY)
+    if anchor is not None and anchor not in ANCHORS:
+        raise unknown_name(_ANCHOR_KEY, str(anchor)[:60], ANCHORS)
+    return CycleConfig(early=early, late=late, cycle=cycle, anchor=anchor)
+
+
+def _cycles_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
+    cycles = config.cycles
+    if cycles is None:
+        return {}
+    middle = config.num_layers - cycles.early - cycles.late
+    groups = (cycles.early, middle, cycles.late, cycles.cycle)
+    anchor = {} if cycles.anchor is None else {_ANCHOR_KEY: cycles.anchor}
+    kind = {"model_type": f"dmtd{family.model_types[0]}"}
+    return {**kind, **dict(zip(_CYCLE_KEYS, groups, strict=True)), **anchor}
 
 
 def _sliding_windows(

@@ -162,7 +162,7 @@ def _grow(state: DecodeState, capacity: int) -> DecodeState:
 
 def _settle(state: DecodeState) -> DecodeState:
     """Books what a step emitted, cut at the budget and behind a stop id, which end the row."""
-    tally = state.tally.count(state.emitted_count, state.drafted)
+    tally = state.tally.count(state.emitted_count, state.partial, state.drafted)
     budget, stop_ids = state.requests.budget, state.requests.stop_ids
     index = jnp.arange(state.emitted.shape[1], dtype=jnp.int32)[None, :]
     counted = index < state.emitted_count[:, None]

@@ -7,6 +7,7 @@ Streaming and whole runs are one code path. `stream` yields what every drain of 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias, cast, overload
 
@@ -139,6 +140,9 @@ def generate(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     stop = [stop] if isinstance(stop, str) else stop
     requests = _encode_all(model, prompts, max_new_tokens, chat)
+    notice = method.check(model.config, frozenset(r.cycle for r in requests if r.cycle))
+    if notice is not None:
+        warnings.warn(notice, UserWarning, stacklevel=2)
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(requests):
         raise InputError(f"{len(samplings)} sampling values for {len(requests)} prompts")
@@ -274,6 +278,7 @@ def _batch_arrays(
         budget=jnp.asarray([row.request.budget for row in rows] + [0] * blank, jnp.int32),
         stop_ids=jnp.asarray([*stop_ids, *[-1] * (slots - len(stop_ids))], jnp.int32),
         sampling=SamplingRows.of([*samplings, *[Sampling()] * blank]),
+        cycle=jnp.asarray([row.request.cycle for row in rows] + [0] * blank, jnp.int32),
     )
     return jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32), wanted
 
@@ -299,7 +304,7 @@ class _Traffic:
         self._params = model.params
         self._batch = batch
         self._step = weight_bytes(model.params)
-        self._draft = method.draft_bytes(model.params)
+        self._partial = method.partial_bytes(model.params)
 
     def added(self, metrics: Metrics, tally: Tally, row: _Row) -> Metrics:
         """The times with what the row's tally says beside them."""
@@ -311,7 +316,7 @@ class _Traffic:
             forwards=forwards,
             drafted=drafted,
             histogram=tuple(int(n) for n in tally.histogram) if drafted else (),
-            bytes_read=max(forwards - 1, 0) * step + drafted * self._draft,
+            bytes_read=max(forwards - 1, 0) * step + int(tally.partial) * self._partial,
         )
 
 

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.penalties import History
 from mtd_jax.decoding.sampling import SamplingRows
+from mtd_jax.errors import InputError
 from mtd_jax.sharding import constrain
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters
@@ -30,6 +32,8 @@ class Requests(struct.PyTreeNode):
     stop_ids: Leaf
     """[stops] int32: ids that end a row; padded with -1, which no token has."""
     sampling: SamplingRows
+    cycle: Any = None
+    """[B] int32: tokens of a cycle (`dmtd`); 0, or None for all, is the method's own."""
 
 
 class Tally(struct.PyTreeNode):
@@ -37,6 +41,8 @@ class Tally(struct.PyTreeNode):
 
     forwards: Leaf
     """[B] int32: passes through the whole model that emitted tokens, the prompt's among them."""
+    partial: Leaf
+    """[B] int32: passes through a part of the layers: those that drafted, or late layers alone."""
     drafted: Leaf
     """[B] int32: drafts that were verified."""
     histogram: Leaf
@@ -46,11 +52,12 @@ class Tally(struct.PyTreeNode):
     def empty(cls, batch: int, max_emit: int) -> Tally:
         """Nothing happened yet."""
         zeros = jnp.zeros(batch, jnp.int32)
-        return cls(zeros, zeros, jnp.zeros((batch, max_emit), jnp.int32))
+        return cls(zeros, zeros, zeros, jnp.zeros((batch, max_emit), jnp.int32))
 
     def count(
         self,
         emitted: Int[Array, " B"],
+        partial: Int[Array, " B"],
         drafted: Int[Array, " B"],
     ) -> Tally:
         """Adds a step; rows that emitted nothing did not take part."""
@@ -60,6 +67,7 @@ class Tally(struct.PyTreeNode):
         place = jnp.maximum(emitted - 1, 0)
         return Tally(
             forwards=self.forwards + took_part.astype(jnp.int32),
+            partial=self.partial + jnp.where(took_part, partial, 0),
             drafted=self.drafted + spec * drafted,
             histogram=self.histogram.at[rows, place].add(spec),
         )
@@ -80,6 +88,8 @@ class DecodeState(struct.PyTreeNode):
     """[B, E] int32: what the last step emitted; a row's first `emitted_count` entries count."""
     emitted_count: Leaf
     """[B] int32"""
+    partial: Leaf
+    """[B] int32: passes of the last step through a part of the layers."""
     drafted: Leaf
     """[B] int32: drafts that the last step verified."""
     tally: Tally
@@ -113,6 +123,7 @@ class DecodeState(struct.PyTreeNode):
             budget=constrain(self.requests.budget, "batch"),
             stop_ids=constrain(self.requests.stop_ids, None),
             sampling=_by_row(self.requests.sampling),
+            cycle=_by_row(self.requests.cycle),
         )
         # All else has a row for every row of the batch.
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("cache", "requests")]
@@ -122,6 +133,24 @@ class DecodeState(struct.PyTreeNode):
 
 def _by_row(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
+
+
+class BaseMethod(struct.PyTreeNode):
+    """What most methods answer alike."""
+
+    name: ClassVar[str]
+
+    def partial_bytes(self, params: Parameters) -> int:
+        """All passes run the whole model."""
+        return 0
+
+    def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
+        """Fits every model; only DMTD has cycles."""
+        if cycles:
+            raise InputError(
+                f"a prompt asks for a cycle of {min(cycles)}; {self.name} has no cycles"
+            )
+        return None
 
 
 @runtime_checkable
@@ -143,8 +172,21 @@ class Method(Protocol):
     def rows_per_step(self) -> int:
         """The most cache slots that a step writes behind a row's committed length."""
 
-    def draft_bytes(self, params: Parameters) -> int:
-        """Bytes of weights that making one draft reads."""
+    def partial_bytes(self, params: Parameters) -> int:
+        """Bytes of weights that one of the `Tally.partial` passes reads."""
+
+    def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
+        """Looks whether the method fits a model, before anything runs.
+
+        Args:
+          cycles: those that prompts ask for.
+
+        Returns:
+          what the user should know, if anything.
+
+        Raises:
+          InputError: it does not fit.
+        """
 
     def prefill(
         self,
@@ -162,7 +204,8 @@ class Method(Protocol):
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Emits 1..E tokens for every active row, none for the others.
 
-        Moves `cache.length` by as many, and says in `drafted` how many drafts it verified. May
+        Moves `cache.length` by as many, and says in `drafted` how many drafts it verified and in
+        `partial` how many passes through a part of the layers it took. May
         overshoot a budget or a stop id: the engine cuts what was emitted. The engine keeps `text`,
         `tally` and `requests`.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,11 +31,18 @@ def bucket_prompt(length: int) -> int:
 
 
 def read_prompt(
-    params: Parameters, tokens: Int[Array, "B P"], lengths: Int[Array, " B"], capacity: int
+    params: Parameters,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    capacity: int,
+    extend: Callable[..., tuple[jax.Array, KVCache]] = extend,
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Runs the prompts through the model, a chunk at a time.
 
     Chunks beyond the longest prompt are not run, so a bucket costs no more than what is in it.
+
+    Args:
+      extend: how rows pass the layers: `model.extend`, or what a method has in its place.
 
     Returns:
       the last layer's output at each prompt's last token, and the cache holding `lengths` tokens.
@@ -88,6 +96,7 @@ def first_state(
         pending=token,
         emitted=jnp.zeros((batch, max_emit), jnp.int32).at[:, 0].set(token),
         emitted_count=active.astype(jnp.int32),
+        partial=jnp.zeros(batch, jnp.int32),
         drafted=jnp.zeros(batch, jnp.int32),
         tally=Tally.empty(batch, max_emit),
         active=active,

@@ -17,7 +17,7 @@ from mtd_jax.tokenizer import Tokenizer
 Message: TypeAlias = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 256
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
-_LINE_KEYS = ("id", "prompt", "messages", "token_ids", "max_new_tokens", "category")
+_LINE_KEYS = ("id", "prompt", "messages", "token_ids", "max_new_tokens", "category", "cycle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Prompt:
     """None: what the whole call asks for."""
     category: str | None = None
     """What kind of prompt it is, for reports."""
+    cycle: int | None = None
+    """Tokens of a cycle, for `dmtd`: at most the method's own, which None is."""
 
     def __post_init__(self) -> None:
         given = [x for x in (self.text, self.messages, self.token_ids) if x is not None]
@@ -53,6 +55,8 @@ class EncodedPrompt:
     """New tokens to produce at most."""
     ends_at_context: bool
     """`budget` is what the context has left, less than was asked for."""
+    cycle: int = 0
+    """Tokens of a cycle; 0 is the method's own."""
 
 
 def as_prompt(value: AnyPrompt, index: int) -> Prompt:
@@ -136,8 +140,14 @@ def encode(
     wanted = max_new_tokens if prompt.max_new_tokens is None else prompt.max_new_tokens
     if not _is_whole(wanted) or wanted < 1:
         raise InputError(f"max_new_tokens must be a whole number of at least 1, got {wanted!r}")
+    if prompt.cycle is not None and not (_is_whole(prompt.cycle) and prompt.cycle >= 1):
+        raise InputError(f"prompt {prompt.id}: cycle must be at least 1, got {prompt.cycle!r}")
     return EncodedPrompt(
-        id=prompt.id, token_ids=ids, budget=min(wanted, room), ends_at_context=room < wanted
+        id=prompt.id,
+        token_ids=ids,
+        budget=min(wanted, room),
+        ends_at_context=room < wanted,
+        cycle=prompt.cycle or 0,
     )
 
 
@@ -188,14 +198,14 @@ def _from_object(value: Mapping[str, Any], index: int) -> Prompt:
         if key not in _LINE_KEYS and nearest(str(key), _LINE_KEYS):
             raise unknown_name("key", str(key), _LINE_KEYS)
     text, messages, ids = value.get("prompt"), value.get("messages"), value.get("token_ids")
-    budget = value.get("max_new_tokens")
+    budget, cycle = value.get("max_new_tokens"), value.get("cycle")
     if text is not None and not isinstance(text, str):
         raise InputError("'prompt' must be text")
     if messages is not None and not isinstance(messages, list | tuple):
         raise InputError("'messages' must be a list of {role, content} objects")
     if ids is not None and not isinstance(ids, list | tuple):
         raise InputError("'token_ids' must be a list of whole numbers")
-    for number in [*(ids or ()), *([budget] if budget is not None else ())]:
+    for number in [*(ids or ()), *(n for n in (budget, cycle) if n is not None)]:
         if not _is_whole(number):
             raise InputError(f"{number!r} is not a whole number")
     return Prompt(
@@ -205,4 +215,5 @@ def _from_object(value: Mapping[str, Any], index: int) -> Prompt:
         token_ids=None if ids is None else tuple(ids),
         max_new_tokens=budget,
         category=value.get("category"),
+        cycle=cycle,
     )

@@ -18,6 +18,7 @@ from mtd_jax.transformer.model import Parameters, extend, unembed
 from mtd_jax.typing import Array, Float, Int
 
 Acceptance: TypeAlias = Literal["exact", "typical"]
+Extend: TypeAlias = Callable[..., tuple[jax.Array, KVCache]]
 
 
 def verify_drafts(
@@ -57,12 +58,17 @@ def verify_draws(
     drafts: Int[Array, "B T"],
     count: Int[Array, " B"],
     log_q: Float[Array, "B T V"],
+    *,
+    extend: Extend = extend,
 ) -> DecodeState:
-    """Verifies a chain that was drawn from `log_q` (`verify.rejection`); greedy rows too."""
+    """Verifies a chain that was drawn from `log_q` (`verify.rejection`); greedy rows too.
+
+    `extend` is how rows pass the layers: `model.extend`, or what a method has in its place.
+    """
     tree = TokenTree.chain(drafts.shape[1])
     real = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
     on_tree = jnp.pad(jnp.where(real, drafts, -1), ((0, 0), (1, 0)))
-    logits, positions, cache = _target_logits(params, state, tree, on_tree)
+    logits, positions, cache = _target_logits(params, state, tree, on_tree, extend)
     batch, nodes, vocab = logits.shape
     flat = logits.reshape(batch * nodes, vocab)
     rows = state.requests.sampling.repeat(nodes)
@@ -104,7 +110,11 @@ def in_place_switch(
 
 
 def _target_logits(
-    params: Parameters, state: DecodeState, tree: TokenTree, on_tree: Int[Array, "B M"]
+    params: Parameters,
+    state: DecodeState,
+    tree: TokenTree,
+    on_tree: Int[Array, "B M"],
+    extend: Extend = extend,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     """Penalised logits [B, M, V] at every node, positions [B, M] of what they predict, cache."""
     on_tree = on_tree.at[:, 0].set(state.pending)

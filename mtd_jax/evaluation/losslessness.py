@@ -14,7 +14,7 @@ from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.requests import AnyPrompt, as_prompt, encode
 from mtd_jax.decoding.score import logits
-from mtd_jax.methods import autoregressive
+from mtd_jax.methods import reference
 
 FLOAT32_GAP = 1e-4
 """Logits nearer than this are a tie that the rounding of a product with more rows may break."""
@@ -78,7 +78,8 @@ def verify(
 ) -> LosslessReport:
     """Decodes every prompt greedily with ar alone and with the method, and compares the tokens.
 
-    `progress` is called twice a batch.
+    Lossless DMTD is compared with cycles of one (`methods.reference`). `progress` is called twice a
+    batch.
     """
     known = [as_prompt(p, i) for i, p in enumerate(prompts)]
     found = []
@@ -86,7 +87,7 @@ def verify(
         part = known[first : first + batch_size]
         # The baseline one prompt at a time: a batch must not change an answer either.
         progress(f"ar, prompt {first + 1}")
-        plain = generate(model, autoregressive(), part, max_new_tokens=max_new_tokens)
+        plain = generate(model, reference(method), part, max_new_tokens=max_new_tokens)
         progress(f"{method.name}, prompt {first + 1}")
         other = generate(model, method, part, max_new_tokens=max_new_tokens, batch_size=batch_size)
         for prompt, ours, theirs in zip(part, other, plain, strict=True):

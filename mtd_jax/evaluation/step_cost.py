@@ -75,6 +75,7 @@ def measure(
         budget=jnp.full(size, 2**30, jnp.int32),
         stop_ids=jnp.full(8, -1, jnp.int32),
         sampling=SamplingRows.of([Sampling()] * size),
+        cycle=jnp.zeros(size, jnp.int32),
     )
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.config.vocab_size, (size, padded), dtype=np.int32)

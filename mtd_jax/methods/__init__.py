@@ -11,11 +11,13 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from mtd_jax import backend
+from mtd_jax.config import MAX_CYCLE, Anchor
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import MAX_NODES, TokenTree
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.methods.autoregressive import Autoregressive
+from mtd_jax.methods.dmtd import DMTD
 from mtd_jax.methods.ngram import NGram
 from mtd_jax.methods.prompt_lookup import PromptLookup
 from mtd_jax.methods.self_speculative import SelfSpeculative
@@ -107,14 +109,50 @@ def self_speculative(
     )
 
 
+def dmtd(
+    cycle: int = 4,
+    early: int | None = None,
+    late: int | None = None,
+    anchor: Anchor | None = None,
+    lossless: bool = False,
+) -> DMTD:
+    """Cycles of which only the first token passes the middle layers (`dmtd`).
+
+    Args:
+      cycle: tokens of a cycle.
+      early: layers in front that run for every token; None: as the weights were trained, else 0.
+      late: layers at the end that run for every token; None: as the weights were trained, else 8.
+      anchor: cycles start behind the `prompt`, or with the `sequence`; None: as the weights were
+        trained, else `prompt`.
+      lossless: late-only tokens are drafts; the whole model verifies them.
+    """
+    if not 1 <= cycle <= MAX_CYCLE:
+        raise InputError(f"cycle must be between 1 and {MAX_CYCLE}, got {cycle}")
+    for name, value, least in (("early", early, 0), ("late", late, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
+    return DMTD(cycle=cycle, early=early, late=late, anchor=anchor, lossless=lossless)
+
+
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
     {
         Autoregressive.name: autoregressive,
+        DMTD.name: dmtd,
         NGram.name: ngram,
         PromptLookup.name: prompt_lookup,
         SelfSpeculative.name: self_speculative,
     }
 )
+
+
+def reference(method: Method) -> Method:
+    """Whose greedy tokens a lossless method emits: plain decoding, or for DMTD cycles of one.
+
+    Late layers that get a sum are another model than plain ones.
+    """
+    if isinstance(method, DMTD):
+        return method.replace(cycle=1, lossless=False)
+    return autoregressive()
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:
@@ -128,10 +166,22 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     factory = METHODS[name]
     known = typing.get_type_hints(factory)
     known.pop("return")
+    made: Method = factory(**typed_options(name, known, options))
+    return made
+
+
+def typed_options(
+    name: str, known: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of a method, each as the type that `known` says; text is read.
+
+    Raises:
+      InputError: an unknown option (the nearest known one is named), or a wrong value.
+    """
     for option in options:
         if option not in known:
             raise unknown_name(f"option of method '{name}'", option, known)
-    return factory(**{key: _typed(key, known[key], value) for key, value in options.items()})
+    return {key: _typed(key, known[key], value) for key, value in options.items()}
 
 
 def _copying(
@@ -180,11 +230,21 @@ def _layers(name: str, text: str) -> frozenset[int]:
 def _typed(name: str, kind: Any, value: Any) -> Any:
     """The value as `kind` wants it: text is read, everything else checked."""
     choices: list[Any] = []
+    switches = {"true": True, "false": False}
     for part in typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,):
         if typing.get_origin(part) is Literal:
             choices += typing.get_args(part)
             if value in typing.get_args(part):
                 return value
+        elif part is types.NoneType:
+            if value is None:
+                return value
+            continue
+        elif part is bool:
+            choices += switches
+            if isinstance(value, bool) or value in switches:
+                return switches.get(value, value)
+            continue
         elif isinstance(value, (int, float) if part is float else part):
             if not isinstance(value, bool):
                 return value

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 import jax.numpy as jnp
-from flax import struct
 
-from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
 from mtd_jax.decoding.penalties import penalized
 from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.decoding.sampling import sample
@@ -15,7 +14,7 @@ from mtd_jax.transformer.model import Parameters, extend, unembed
 from mtd_jax.typing import Array, Int
 
 
-class Autoregressive(struct.PyTreeNode):
+class Autoregressive(BaseMethod):
     """Plain decoding; no weights of its own and no options."""
 
     name: ClassVar[str] = "ar"
@@ -30,10 +29,6 @@ class Autoregressive(struct.PyTreeNode):
     def rows_per_step(self) -> int:
         """One cache slot a step."""
         return 1
-
-    def draft_bytes(self, params: Parameters) -> int:
-        """There are no drafts."""
-        return 0
 
     def prefill(
         self,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.decoding.adaptive import AcceptanceRates, best_size
-from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
 from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_drafts
 from mtd_jax.decoding.tree import TokenTree
@@ -16,7 +16,7 @@ from mtd_jax.transformer.model import Parameters
 from mtd_jax.typing import Array, Int
 
 
-class Copying(struct.PyTreeNode):
+class Copying(BaseMethod):
     """A method whose drafts cost next to nothing; `propose` makes them.
 
     Every step verifies as many of them as `sizes` and `costs` say, down to none.
@@ -33,8 +33,6 @@ class Copying(struct.PyTreeNode):
     acceptance: Acceptance = struct.field(pytree_node=False, default="exact")
     auto: bool = struct.field(pytree_node=False, default=False)
     """Whether `costs` are to be measured and the number of drafts follows from them."""
-
-    name: ClassVar[str]
 
     @property
     def lossless(self) -> bool:
@@ -54,10 +52,6 @@ class Copying(struct.PyTreeNode):
     def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, " B"]]:
         """Drafts for nodes 1, 2, ... (-1: none), and the length of their match: 0..longest."""
         raise NotImplementedError
-
-    def draft_bytes(self, params: Parameters) -> int:
-        """Drafts come from the text."""
-        return 0
 
     def prefill(
         self,

@@ -15,18 +15,19 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.adaptive import AcceptanceRates, best_size
-from mtd_jax.decoding.method import DecodeState, Requests
-from mtd_jax.decoding.penalties import penalized
+from mtd_jax.decoding.drafting import draw_chain
+from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
 from mtd_jax.decoding.prompt import first_state, read_prompt
-from mtd_jax.decoding.sampling import log_probabilities, sample
 from mtd_jax.decoding.speculative import in_place_switch, verify_drafts, verify_draws
 from mtd_jax.decoding.traffic import weight_bytes
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.errors import InputError
-from mtd_jax.transformer.model import Parameters, extend, unembed
+from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.model import Parameters, extend
 from mtd_jax.transformer.stack import Skip
-from mtd_jax.typing import Array, Bool, Float, Int, Leaf
+from mtd_jax.typing import Array, Int, Leaf
 
 _THRESHOLD_STEP = 0.01
 _THRESHOLD_SMOOTHING = 0.9
@@ -41,7 +42,7 @@ class _Adaptation(struct.PyTreeNode):
     rates: AcceptanceRates
 
 
-class SelfSpeculative(struct.PyTreeNode):
+class SelfSpeculative(BaseMethod):
     """See the module's docstring; made by `methods.self_speculative`."""
 
     costs: Any
@@ -68,9 +69,17 @@ class SelfSpeculative(struct.PyTreeNode):
         """Drafts and the pending token."""
         return self.sizes[-1]
 
-    def draft_bytes(self, params: Parameters) -> int:
+    def partial_bytes(self, params: Parameters) -> int:
         """All weights but those of the sublayers left out."""
         return weight_bytes(params, self.skip)
+
+    def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
+        """Needs the layers that it leaves out."""
+        for layer in self.skip.attention | self.skip.mlp:
+            if layer >= config.num_layers:
+                last = config.num_layers - 1
+                raise InputError(f"cannot skip layer {layer}: the model has layers 0..{last}")
+        return super().check(config, cycles)
 
     def prefill(
         self,
@@ -81,10 +90,6 @@ class SelfSpeculative(struct.PyTreeNode):
         capacity: int,
     ) -> DecodeState:
         """Reads the prompts and draws the first token of each."""
-        layers = params.config.num_layers
-        for layer in self.skip.attention | self.skip.mlp:
-            if layer >= layers:
-                raise InputError(f"cannot skip layer {layer}: the model has layers 0..{layers - 1}")
         last, cache = read_prompt(params, tokens, lengths, capacity)
         batch = tokens.shape[0]
         adaptation = _Adaptation(
@@ -105,7 +110,8 @@ class SelfSpeculative(struct.PyTreeNode):
 
         def plain(state: DecodeState) -> DecodeState:
             nothing = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
-            return verify_drafts(params, state, TokenTree.chain(0), nothing)
+            state = verify_drafts(params, state, TokenTree.chain(0), nothing)
+            return state.replace(partial=jnp.zeros_like(state.partial))
 
         def drafted(state: DecodeState) -> DecodeState:
             return self._drafted(params, state, limit)
@@ -120,7 +126,18 @@ class SelfSpeculative(struct.PyTreeNode):
         self, params: Parameters, state: DecodeState, limit: Int[Array, ""]
     ) -> DecodeState:
         """Drafts up to `limit` tokens, and verifies in as few rows as hold them."""
-        state, drafts, count, log_q = self._draft(params, state, limit)
+
+        def draft(cache: KVCache, tokens: jax.Array, going: jax.Array) -> tuple[jax.Array, KVCache]:
+            return extend(params, cache, tokens, active=going, skip=self.skip)
+
+        state, drafts, count, log_q = draw_chain(
+            params,
+            state,
+            draft,
+            self.sizes[-1] - 1,
+            jnp.broadcast_to(limit, state.pending.shape),
+            state.extra.threshold,
+        )
         sizes = [size for size in self.sizes if size > 1]
         fits = jnp.asarray(sizes, jnp.int32) > jnp.max(count)
 
@@ -133,57 +150,8 @@ class SelfSpeculative(struct.PyTreeNode):
             return verified
 
         size = jnp.argmax(fits).astype(jnp.int32)
-        return in_place_switch(size, [with_rows(rows) for rows in sizes], state)
-
-    def _draft(
-        self, params: Parameters, state: DecodeState, limit: Int[Array, ""]
-    ) -> tuple[DecodeState, Int[Array, "B drafts"], Int[Array, " B"], Float[Array, "B drafts V"]]:
-        """Up to `limit` drafts of each row, how many there are, and what they were drawn from."""
-        batch, most = state.pending.shape[0], self.sizes[-1] - 1
-        vocab, length = params.config.vocab_size, state.cache.length
-        sampling = state.requests.sampling
-        threshold = state.extra.threshold
-        any_sampled = jnp.any(sampling.temperature > 0)
-
-        def unfinished(carry: Any) -> Bool[Array, ""]:
-            _, _, _, _, going, done = carry
-            return (done < limit) & jnp.any(going)
-
-        def draft(carry: Any) -> Any:
-            cache, drafts, count, log_q, going, done = carry
-            newest = jnp.where(done > 0, drafts[:, jnp.maximum(done - 1, 0)], state.pending)
-            here = cache.replace(length=length + done)
-            x, written = extend(params, here, newest[:, None], active=going, skip=self.skip)
-            logits = penalized(unembed(params, x), sampling, state.history, drafts[:, None])[:, 0]
-            token = sample(logits, sampling, length + done + 1)
-            # Only draws need it later; a branch, because it is a pass over the vocabulary.
-            q = jax.lax.cond(
-                any_sampled,
-                lambda: log_probabilities(logits, sampling),
-                lambda: jnp.zeros((batch, vocab), jnp.float32),
-            )
-            drafts = drafts.at[:, done].set(jnp.where(going, token, -1))
-            chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-            sure = jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1)) >= threshold
-            return (
-                written,
-                drafts,
-                count + going.astype(jnp.int32),
-                log_q.at[:, done].set(q),
-                going & sure,
-                done + 1,
-            )
-
-        start = (
-            state.cache,
-            jnp.full((batch, most), -1, jnp.int32),
-            jnp.zeros(batch, jnp.int32),
-            jnp.zeros((batch, most, vocab), jnp.float32),
-            state.active,
-            jnp.int32(0),
-        )
-        cache, drafts, count, log_q, _, _ = jax.lax.while_loop(unfinished, draft, start)
-        return state.replace(cache=cache.replace(length=length)), drafts, count, log_q
+        state = in_place_switch(size, [with_rows(rows) for rows in sizes], state)
+        return state.replace(partial=count)
 
     def _adapted(
         self,

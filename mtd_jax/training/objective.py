@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from mtd_jax import sharding
+from mtd_jax.config import Anchor, CycleConfig
 from mtd_jax.decoding.method import Method
 from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.methods import dmtd, typed_options
 from mtd_jax.methods.autoregressive import Autoregressive
+from mtd_jax.methods.dmtd import DEFAULT_LATE, DMTD, PLAIN, cycle_hidden, places_in_cycle
 from mtd_jax.training.config import TrainConfig
 from mtd_jax.transformer.losses import Totals, cross_entropy
 from mtd_jax.transformer.model import Parameters, embed
@@ -105,12 +110,25 @@ class FineTuning:
             rows=packed_rows(config, batch),
             remat=self.remat,
         )
+        return self._loss(params, x, batch, counts)
+
+    def _loss(
+        self,
+        params: Parameters,
+        x: jax.Array,
+        batch: Packed,
+        counts: Counts,
+        kinds: jax.Array | None = None,
+        names: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, Totals]:
+        """Of the last layer's output; that of each kind of rows beside the whole."""
         targets, wanted = batch.targets()
         chunk = max(1, self.chunk // max(1, x.shape[0] // sharding.parts("batch")))
-        totals = cross_entropy(params, x, targets, wanted, chunk=chunk)
+        totals = cross_entropy(params, x, targets, wanted, chunk=chunk, kinds=kinds, names=names)
         share = jnp.maximum(counts["loss"], 1.0)
         loss = totals["loss"] / share
-        return loss, {"loss": loss, "accuracy": totals["right"] / share}
+        alone = {f"loss_{n}": totals[f"loss_{n}"] / jnp.maximum(counts[n], 1.0) for n in names}
+        return loss, {"loss": loss, "accuracy": totals["right"] / share, **alone}
 
     def flops(self, trainable: Any, frozen: Any) -> float:
         """All products forward and for the rows' gradients; trained ones for the weights'."""
@@ -122,6 +140,68 @@ class FineTuning:
         return joined(trainable, frozen), Autoregressive()
 
 
+@dataclasses.dataclass(frozen=True)
+class CycleTuning(FineTuning):
+    """The next token, by the whole model in cycles (`dmtd`); see `methods.dmtd`.
+
+    One cross-entropy over all tokens. The loss of each place in a cycle is measured beside it:
+    `loss_first` of what a prompt's last row predicts, `loss_1` of what heads predict, and so on.
+    """
+
+    cycle: int = 4
+    early: int = 0
+    late: int = DEFAULT_LATE
+    anchor: Anchor = "prompt"
+    random_phase: bool = False
+    """Cycles of each row of a batch are moved by a number of places drawn anew in each step."""
+
+    def __post_init__(self) -> None:
+        dmtd(cycle=self.cycle, early=self.early, late=self.late)  # refuses what no cycle can be
+
+    def split(self, params: Parameters) -> tuple[Any, Any]:
+        """By `freeze`; the config says from now on what the weights are trained for.
+
+        Raises:
+          InputError: no middle layers are left; and as for `FineTuning`.
+        """
+        cycles = CycleConfig(early=self.early, late=self.late, cycle=self.cycle, anchor=self.anchor)
+        config = dataclasses.replace(params.config, cycles=cycles)
+        return super().split(params.replace(config=config))
+
+    def counts(self, batch: Packed) -> Counts:
+        """Tokens to predict, all and by place."""
+        wanted = batch.targets()[1]
+        kinds, names = self._kinds(self._places(batch, None))
+        alone = {n: (wanted & (kinds == i)).sum(dtype=jnp.float32) for i, n in enumerate(names)}
+        return {**super().counts(batch), **({} if self.random_phase else alone)}
+
+    def loss(
+        self, trainable: Any, frozen: Any, batch: Packed, counts: Counts, key: jax.Array
+    ) -> tuple[jax.Array, Totals]:
+        """Mean cross-entropy of the next token, from the late layers' output at every place."""
+        params = joined(trainable, frozen)
+        shift = None
+        if self.random_phase:
+            shift = jax.random.randint(key, batch.tokens.shape[:1], 0, self.cycle)
+        places = self._places(batch, shift)
+        x = cycle_hidden(params, batch, places, early=self.early, late=self.late, remat=self.remat)
+        kinds, names = self._kinds(places)
+        return self._loss(params, x, batch, counts, kinds, () if self.random_phase else names)
+
+    def decoder(self, trainable: Any, frozen: Any) -> tuple[Parameters, Method]:
+        """Decoding in the same cycles."""
+        return joined(trainable, frozen), dmtd(cycle=self.cycle)
+
+    def _places(self, batch: Packed, shift: jax.Array | None) -> jax.Array:
+        return places_in_cycle(batch, self.cycle, self.anchor, shift)
+
+    def _kinds(self, places: jax.Array) -> tuple[jax.Array, tuple[str, ...]]:
+        named = tuple(str(place + 1) for place in range(self.cycle))
+        if self.anchor == "sequence":
+            return places, named
+        return jnp.where(places == PLAIN, self.cycle, places), (*named, "first")
+
+
 def make_objective(config: TrainConfig) -> Objective:
     """The objective of a run.
 
@@ -130,10 +210,12 @@ def make_objective(config: TrainConfig) -> Objective:
     """
     if config.method not in _OBJECTIVES:
         raise unknown_name("method to train", config.method, _OBJECTIVES)
-    for name in config.options:
-        raise unknown_name(f"option of {config.method}", name, ())
-    memory = config.memory
-    return FineTuning(freeze=config.freeze, remat=memory.remat, chunk=memory.loss_chunk)
+    kind, memory = _OBJECTIVES[config.method], config.memory
+    known = typing.get_type_hints(kind)
+    for shared in ("freeze", "remat", "chunk"):
+        known.pop(shared)
+    options = typed_options(config.method, known, config.options)
+    return kind(config.freeze, memory.remat, memory.loss_chunk, **options)
 
 
 def joined(trainable: Any, frozen: Any) -> Any:
@@ -155,7 +237,7 @@ def weights_in_products(params: Parameters) -> int:
     return sum(math.prod(x.shape) for x in matrices if x is not None)
 
 
-_OBJECTIVES = ("sft",)
+_OBJECTIVES: Mapping[str, type[FineTuning]] = {"sft": FineTuning, DMTD.name: CycleTuning}
 
 
 def _named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:

@@ -145,6 +145,8 @@ def cross_entropy(
     counts: Bool[Array, "B T"],
     *,
     chunk: int,
+    kinds: Int[Array, "B T"] | None = None,
+    names: tuple[str, ...] = (),
 ) -> Totals:
     """Sums of -log p(target) ("loss") and of right guesses ("right") over the rows that count.
 
@@ -152,22 +154,24 @@ def cross_entropy(
       params: final norm and output head are used.
       x: what the last layer puts out.
       chunk: positions whose logits exist at a time.
+      kinds: kind of each row; the losses of kind i are also summed alone, as "loss_{names[i]}".
     """
     config = params.config
+    kinds = jnp.zeros_like(targets) if kinds is None else kinds
 
-    def loss(weights: Any, x: Array, data: tuple[Array, Array]) -> Totals:
-        targets, counts = data
+    def loss(weights: Any, x: Array, data: tuple[Array, Array, Array]) -> Totals:
+        targets, counts, kinds = data
         logits = unembed(_only_output(config, weights), x)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         right = (jnp.argmax(logits, axis=-1) == targets) & counts
-        return {
-            "loss": jnp.where(counts, log_z - own, 0.0).sum(),
-            "right": right.astype(jnp.float32).sum(),
-        }
+        losses = jnp.where(counts, log_z - own, 0.0)
+        alone = {f"loss_{n}": jnp.where(kinds == i, losses, 0.0).sum() for i, n in enumerate(names)}
+        return {"loss": losses.sum(), "right": right.astype(jnp.float32).sum(), **alone}
 
     axes = _output_axes(config)
-    return summed_over_chunks(loss, _output(params), x, (targets, counts), chunk, axes)
+    data = (targets, counts, kinds)
+    return summed_over_chunks(loss, _output(params), x, data, chunk, axes)
 
 
 def divergence(

@@ -23,7 +23,7 @@ from mtd_jax.sharding import constrain
 from mtd_jax.transformer import block, masks
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.linear import precision_of, rms_norm
-from mtd_jax.transformer.stack import Blocks, Skip, decode_range, rows_at, train_stack
+from mtd_jax.transformer.stack import Blocks, Rows, Skip, decode_range, rows_at, train_stack
 from mtd_jax.typing import Array, Bool, Float, Int
 
 
@@ -159,8 +159,29 @@ def extend(
       skip: sublayers to leave out.
     """
     config = params.config
-    batch, capacity = tokens.shape[0], cache.capacity
-    slots = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    rows, slots = rows_behind(
+        config, cache, tokens.shape[1], ancestors=ancestors, context=context, active=active
+    )
+    x = embed(params, tokens)
+    layers = (0, config.num_layers)
+    return decode_range(config, params.blocks, cache, x, *layers, rows=rows, slots=slots, skip=skip)
+
+
+def rows_behind(
+    config: ModelConfig,
+    cache: KVCache,
+    count: int,
+    *,
+    ancestors: Bool[np.ndarray, "T T"] | None = None,
+    context: Int[Array, "B T"] | None = None,
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[Rows, Int[Array, "B T"]]:
+    """Where the next `count` rows behind a cache stand, what they see, and their slots in it.
+
+    The arguments are those of `extend`.
+    """
+    batch, capacity = cache.length.shape[0], cache.capacity
+    slots = cache.length[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
     keys = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (batch, capacity))
     positions = slots
     if ancestors is None:
@@ -173,7 +194,5 @@ def extend(
         keys = jnp.where(keys < cache.length[:, None], keys, cache.length[:, None] + depth[behind])
     if active is not None:
         slots = jnp.where(active[:, None], slots, capacity)
-    rows = rows_at(config, positions, keys, mask, positions + 1 if context is None else context)
-    x = embed(params, tokens)
-    layers = (0, config.num_layers)
-    return decode_range(config, params.blocks, cache, x, *layers, rows=rows, slots=slots, skip=skip)
+    context = positions + 1 if context is None else context
+    return rows_at(config, positions, keys, mask, context), slots

@@ -27,7 +27,9 @@ from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 
 Remat: TypeAlias = Literal["none", "layer", "dots"]
 Blocks: TypeAlias = Block | tuple[Block, ...]
-Inject: TypeAlias = Callable[[Int[Array, ""], Float[Array, "B T D"]], Float[Array, "B T D"]]
+Inject: TypeAlias = Callable[
+    [Int[Array, ""], Float[Array, "B T D"], Float[Array, "taps B T D"]], Float[Array, "B T D"]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +157,9 @@ def train_stack(
 
     Args:
       taps: layers whose input is returned beside the output, [len(taps), B, T, D].
-      inject: `(layer, x) -> x`, applied to the input of every layer; it must decide by
-        `jnp.where(layer == b, ...)`, because the layer is traced.
+      inject: `(layer, x, tapped) -> x`, applied to the input of every layer; it must decide by
+        `jnp.where(layer == b, ...)`, because the layer is traced. What was tapped before is in
+        `tapped`; to come by a layer's input this way, it is stored once for every layer.
       remat: what the backward pass finds stored: everything that it needs ("none"), each layer's
         input ("layer"), or that and the results of products with weights ("dots"). The rest is
         computed again.
@@ -168,7 +171,7 @@ def train_stack(
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         (x, tapped), (layer, block) = carry, scanned
         if inject is not None:
-            x = inject(layer, x)
+            x = inject(layer, x, tapped)
         if taps:
             tapped = jnp.where(tap_layers == layer, x[None], tapped)
 

@@ -108,7 +108,7 @@ def test_inject_changes_the_input_of_its_layer_only() -> None:
         params.config,
         params.blocks,
         taps=(1, 2),
-        inject=lambda layer, x: jnp.where(layer == 2, jnp.zeros_like(x), x),
+        inject=lambda layer, x, _: jnp.where(layer == 2, jnp.zeros_like(x), x),
         **inputs,
     )
     _, plain = train_stack(params.config, params.blocks, taps=(1, 2), **inputs)

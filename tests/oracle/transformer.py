@@ -8,22 +8,34 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtd_jax.transformer.block import Block
 from mtd_jax.transformer.model import Parameters
 
 
 def logits(params: Parameters, tokens: list[int]) -> np.ndarray:
     """[T, V] logits of one text."""
-    config = params.config
     p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
-    x = np.stack([p.embedding[t] for t in tokens])
-    for layer in range(config.num_layers):
+    x = layers(p, np.stack([p.embedding[t] for t in tokens]), 0, params.config.num_layers)
+    return output(p, x)
+
+
+def layers(p: Parameters, x: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """[T, D] through layers start..stop-1; `p` holds numpy arrays."""
+    config = p.config
+    for layer in range(start, stop):
         block: dict[str, Any] = {
             name: None if (w := getattr(p.blocks, name)) is None else w[layer]
-            for name in p.blocks.__dataclass_fields__
+            for name in Block.__dataclass_fields__
         }
         window = None if config.sliding_windows is None else config.sliding_windows[layer]
         x = x + _attention(config, block, _norm(x, block["attention_norm"], config), window)
         x = x + _mlp(block, _norm(x, block["mlp_norm"], config))
+    return x
+
+
+def output(p: Parameters, x: np.ndarray) -> np.ndarray:
+    """[T, V] logits of what the last layer puts out."""
+    config = p.config
     head = p.embedding.T if p.head is None else p.head
     out = _norm(x, p.final_norm, config) @ head
     cap = config.final_logit_softcap

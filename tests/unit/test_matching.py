@@ -49,6 +49,7 @@ def _state(rows: list[Text]) -> DecodeState:
         pending=none,
         emitted=none[:, None],
         emitted_count=none,
+        partial=none,
         drafted=none,
         tally=Tally.empty(batch, 1),
         active=jnp.ones(batch, jnp.bool),
