@@ -7,17 +7,20 @@ come in two trees, trainable and frozen, and only the first is differentiated.
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from mtd_jax import sharding
+from mtd_jax import methods, sharding
 from mtd_jax.decoding.method import Method
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.methods.autoregressive import Autoregressive
 from mtd_jax.training.config import TrainConfig
+from mtd_jax.training.heads import HeadsTraining
+from mtd_jax.training.utilization import weights_in_products
 from mtd_jax.transformer.losses import Totals, cross_entropy
 from mtd_jax.transformer.model import Parameters, embed
 from mtd_jax.transformer.packed import Packed, packed_rows
@@ -130,10 +133,7 @@ def make_objective(config: TrainConfig) -> Objective:
     """
     if config.method not in _OBJECTIVES:
         raise unknown_name("method to train", config.method, _OBJECTIVES)
-    for name in config.options:
-        raise unknown_name(f"option of {config.method}", name, ())
-    memory = config.memory
-    return FineTuning(freeze=config.freeze, remat=memory.remat, chunk=memory.loss_chunk)
+    return _OBJECTIVES[config.method](config)
 
 
 def joined(trainable: Any, frozen: Any) -> Any:
@@ -143,19 +143,28 @@ def joined(trainable: Any, frozen: Any) -> Any:
     )
 
 
-def weights_in_products(params: Parameters) -> int:
-    """Weights that tokens are multiplied with: no norms, no biases, no lookup in the embedding.
-
-    Of a part of the parameters (`None` elsewhere), those that are there.
-    """
-    blocks: Any = params.blocks
-    tied = params.config.tie_embeddings
-    output = params.embedding if tied else params.head
-    matrices = (blocks.qkv, blocks.attention_out, blocks.gate_up, blocks.down, output)
-    return sum(math.prod(x.shape) for x in matrices if x is not None)
+def _fine_tuning(config: TrainConfig) -> Objective:
+    for name in config.options:
+        raise unknown_name(f"option of {config.method}", name, ())
+    memory = config.memory
+    return FineTuning(freeze=config.freeze, remat=memory.remat, chunk=memory.loss_chunk)
 
 
-_OBJECTIVES = ("sft",)
+def _heads(config: TrainConfig) -> Objective:
+    if config.freeze:
+        raise InputError(f"{config.method} trains no weight of the model: leave out freeze")
+    options = methods.typed_options(config.method, config.options)
+    return HeadsTraining(
+        spec=methods.make_spec(config.method, options),
+        options=tuple(sorted(options.items())),
+        seed=config.seed,
+        chunk=config.memory.loss_chunk,
+    )
+
+
+_OBJECTIVES: Mapping[str, Callable[[TrainConfig], Objective]] = MappingProxyType(
+    {"sft": _fine_tuning, **dict.fromkeys(methods.SPECS, _heads)}
+)
 
 
 def _named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
