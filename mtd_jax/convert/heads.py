@@ -38,14 +38,20 @@ def load_heads(path: str | os.PathLike[str], model: LanguageModel) -> Heads:
     Raises:
       InputError: nothing there, heads of another base, or damaged ones.
     """
-    directory = Path(path)
+    return _loaded(Path(path), model, model.params.embedding.dtype)
+
+
+def stored_heads(path: str | os.PathLike[str], model: LanguageModel) -> Heads:
+    """`load_heads`, but in the float type that they are stored in."""
+    return _loaded(Path(path), model, None)
+
+
+def _loaded(directory: Path, model: LanguageModel, dtype: DTypeLike | None) -> Heads:
     if not directory.is_dir():
-        raise InputError(f"no heads at {path}")
+        raise InputError(f"no heads at {directory}")
     file = read_method(directory)
     file.check_base(model.fingerprint, directory)
-    weights = read_weights(
-        directory, file, model.config, model.params.embedding.dtype, mesh=model.mesh
-    )
+    weights = read_weights(directory, file, model.config, dtype, mesh=model.mesh)
     return Heads(file.method, file.options, file.base, weights, file.record)
 
 
