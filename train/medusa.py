@@ -76,7 +76,7 @@ def main() -> None:
             print(f"step {int(state.step)}  loss {loss:.4f}  right {right}", flush=True)
 
     done = objective.heads(state.trainable, model.fingerprint, {"steps": args.steps})
-    save_heads(done, args.out, dtype=model.params.embedding.dtype)
+    save_heads(done, args.out, dtype="bfloat16")
     print(f"decode with --method medusa --heads {args.out}")
 
 

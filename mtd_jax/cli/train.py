@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mtd_jax import methods
 from mtd_jax.cli import arguments
@@ -48,6 +49,9 @@ model/, which decodes at once, or heads/, where weights of a decoding method wer
 Several processes find each other by themselves on TPU pods and under Slurm; elsewhere name the
 first one: --coordinator HOST:PORT --process-count N --process-index I (train/launch/ has examples).
 """
+_HEADS_DTYPE = jnp.bfloat16
+"""Guesses need no more digits, and heads travel with packages: what is lossless does not hang on
+them."""
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
@@ -199,7 +203,7 @@ def _result(run: Run) -> Path:
 
 
 def _export(run: Run, outcome: Outcome) -> None:
-    """What was trained, in the float type of the base."""
+    """What was trained: a model in the float type of its base, heads in `_HEADS_DTYPE`."""
     base, tokenizer = run.load(), read_description(run.config.model)[1]
     steps = int(jax.device_get(outcome.state.step))
     dtype = base.params.embedding.dtype
@@ -214,11 +218,11 @@ def _export(run: Run, outcome: Outcome) -> None:
             **environment.provenance(),
         }
         if run.held_out is not None:
-            weights = jax.tree.map(lambda w: w.astype(dtype), outcome.state.trainable)
+            weights = jax.tree.map(lambda w: w.astype(_HEADS_DTYPE), outcome.state.trainable)
             with jax.set_mesh(run.mesh):
                 record |= measured(objective, weights, outcome.frozen, held_out_parts(run))
         heads = objective.heads(outcome.state.trainable, base.fingerprint, record)
-        save_heads(heads, _result(run), dtype=dtype, force=True)
+        save_heads(heads, _result(run), dtype=_HEADS_DTYPE, force=True)
         return
     params, _ = objective.decoder(outcome.state.trainable, outcome.frozen)
     params = jax.tree.map(lambda x: x.astype(dtype), params)

@@ -7,9 +7,10 @@ their specs alone.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -65,26 +66,31 @@ def accuracies_of(record: Mapping[str, Any]) -> np.ndarray | None:
     return values
 
 
-@runtime_checkable
-class HeadsSpec(Protocol):
-    """What a method says of its weights: a frozen dataclass whose fields are options."""
+@dataclasses.dataclass(frozen=True)
+class HeadsSpec(abc.ABC):
+    """What a method says of its weights; fields of its dataclass are options."""
 
     name: ClassVar[str]
     """The method's."""
 
     @property
+    @abc.abstractmethod
     def depth(self) -> int:
         """Tokens drafted behind the next one: k."""
 
+    @abc.abstractmethod
     def declare(self, config: ModelConfig) -> Any:
         """Every weight for a base (`parameters.Weight` leaves)."""
 
+    @abc.abstractmethod
     def initial(self, base: Parameters, key: jax.Array) -> Any:
         """Weights before the first step, as `declare` says; may be taken from the base."""
 
+    @abc.abstractmethod
     def counts(self, batch: Packed) -> Totals:
         """What there is to learn in a batch: "loss" among it (`training.objective.Objective`)."""
 
+    @abc.abstractmethod
     def training_loss(
         self,
         weights: Any,
@@ -100,6 +106,7 @@ class HeadsSpec(Protocol):
           chunk: positions of a row whose logits may exist at a time.
         """
 
+    @abc.abstractmethod
     def guesses(
         self, weights: Any, base: Parameters, batch: Packed, ranks: int, *, chunk: int
     ) -> tuple[Int[Array, "B T"], Int[Array, "B T k ranks"]]:
@@ -108,5 +115,6 @@ class HeadsSpec(Protocol):
         Guess (n, i) is for the token i + 2 places behind position n (i from 0), likeliest first.
         """
 
+    @abc.abstractmethod
     def flops(self, config: ModelConfig) -> float:
         """Floating-point operations a token of a training step, attention left out."""

@@ -161,7 +161,7 @@ def make_method(name: str, options: Mapping[str, Any], heads: Heads | None = Non
     if heads.method != name:
         raise InputError(f"these heads are for method '{heads.method}', not '{name}'")
     trained = typed_options(name, heads.options)
-    own = [field.name for field in dataclasses.fields(_dataclass(SPECS[name]))]
+    own = [field.name for field in dataclasses.fields(SPECS[name])]
     for key in own:
         if key in typed and typed[key] != trained.get(key):
             raise InputError(f"{key} of '{name}' is what the heads were trained with")
@@ -181,7 +181,7 @@ def typed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for internal in ("return", "heads"):
         known.pop(internal, None)
     if name in SPECS:
-        kind = _dataclass(SPECS[name])
+        kind = SPECS[name]
         hints = typing.get_type_hints(kind)
         known |= {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     for option in options:
@@ -198,7 +198,7 @@ def make_spec(name: str, options: Mapping[str, Any]) -> HeadsSpec:
     """
     kind = SPECS[name]
     typed = typed_options(name, options)
-    own = [field.name for field in dataclasses.fields(_dataclass(kind))]
+    own = [field.name for field in dataclasses.fields(kind)]
     return kind(**{key: value for key, value in typed.items() if key in own})
 
 
@@ -258,11 +258,6 @@ def _layers(name: str, text: str) -> frozenset[int]:
             raise InputError(f"{name} takes layer numbers like 3,8,10-14, got '{part[:40]}'")
         found.update(range(int(ends[0]), int(ends[1]) + 1))
     return frozenset(found)
-
-
-def _dataclass(kind: type[HeadsSpec]) -> Any:
-    """The same; a protocol cannot say that whoever fulfils it is a dataclass."""
-    return kind
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:

@@ -21,6 +21,7 @@ from flax import struct
 from jax.nn import initializers
 
 from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.heads import HeadsSpec
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.errors import InputError
 from mtd_jax.methods.drafting import RowDrafting, choose_trees, ranked
@@ -42,8 +43,8 @@ class MedusaWeights(struct.PyTreeNode):
     axis of the product the heads would take XLA for CPU eight times as long."""
     bias: Any
     """[k, D]"""
-    output: tuple[Any, ...]
-    """Of each head a matrix [D, V]; none where they share the base's."""
+    output: Any
+    """Tuple: of each head a matrix [D, V]; none where they share the base's."""
 
     def rows(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows k D"]:
         """What each head makes of the normed output of the last layer."""
@@ -69,7 +70,7 @@ class MedusaWeights(struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class MedusaSpec:
+class MedusaSpec(HeadsSpec):
     """Options of Medusa that say what is trained, and how.
 
     Raises:
@@ -136,6 +137,7 @@ class MedusaSpec:
         chunk: int,
     ) -> tuple[jax.Array, Totals]:
         """sum_i decay^i mean_n L_i(n), and how often each head's best guess is right."""
+        base = jax.lax.stop_gradient(base)
         h = normed(base, frozen_rows(base, batch))
         rows = weights.rows(h)
         loss, measured = jnp.float32(0), {}

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from mtd_jax import methods, sharding
-from mtd_jax.decoding.heads import Heads, HeadsSpec
+from mtd_jax.decoding.heads import ACCURACIES, Heads, HeadsSpec
 from mtd_jax.decoding.method import Method
 from mtd_jax.training.utilization import weights_in_products
 from mtd_jax.transformer.losses import Totals
@@ -100,23 +101,24 @@ def measured(
     ranks = min(ranks, base.config.vocab_size)
     spec = objective.spec
 
-    def counted(weights: Any, base: Parameters, batch: Packed) -> Totals:
+    def counted(weights: Any, base: Parameters, batch: Packed) -> dict[str, jax.Array]:
         own, guesses = spec.guesses(weights, base, batch, ranks, chunk=objective.chunk_of(batch))
         return _hits(own, guesses, batch)
 
     count = jax.jit(counted)
     parts = [jax.device_get(count(trainable, base, batch)) for batch in batches]
-    total = jax.tree.map(lambda *x: sum(x[1:], x[0]), *parts)
-    accuracies = total["right"] / jnp.maximum(total["reached"], 1.0)[:, None]
-    top1 = total["right_at_all"] / jnp.maximum(total["looked_at"], 1.0)
+    total = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *parts)
+    accuracies = total["right"] / np.maximum(total["reached"], 1.0)[:, None]
+    top1 = total["right_at_all"] / np.maximum(total["looked_at"], 1.0)
     return {
-        "accuracies": [[round(float(x), 5) for x in row] for row in accuracies],
+        # So many digits that shares of one place, rounded, do not add up to more than 1.
+        ACCURACIES: [[round(float(x), 8) for x in row] for row in accuracies],
         "top1": [round(float(x), 5) for x in top1],
         "positions": [int(n) for n in total["reached"]],
     }
 
 
-def _hits(own: jax.Array, guesses: jax.Array, batch: Packed) -> Totals:
+def _hits(own: jax.Array, guesses: jax.Array, batch: Packed) -> dict[str, jax.Array]:
     """Sums over a batch: [k] or [k, ranks] float32."""
 
     def shifted(x: jax.Array, by: int) -> jax.Array:

@@ -41,19 +41,41 @@ def test_from_a_config_to_a_speed(place: Path) -> None:
         evaluate__prompts=str(prompts),
         evaluate__new_tokens=8,
     )
-    heads = ("--method", "medusa", "--heads", out / "heads")
-    decode = ["generate", "--model", model, "--prompts", prompts, *BUDGET, "--json"]
-    proof = ["verify", "--model", model, "--prompts", prompts, *BUDGET, "--json", *heads]
-    race = ["bench", "--model", model, "--prompts", prompts, *BUDGET, "--json", "--repeats", "1"]
-    look, done, plain, tree, auto, verified, raced, seen, table, there, back = run_commands(
+    heads: tuple[str | Path, ...] = ("--method", "medusa", "--heads", out / "heads")
+    decode: list[str | Path] = [
+        "generate",
+        "--model",
+        model,
+        "--prompts",
+        prompts,
+        *BUDGET,
+        "--json",
+    ]
+    proof: list[str | Path] = [
+        "verify",
+        "--model",
+        model,
+        "--prompts",
+        prompts,
+        *BUDGET,
+        "--json",
+        *heads,
+    ]
+    race: list[str | Path] = [
+        "bench",
+        "--model",
+        model,
+        "--prompts",
+        prompts,
+        *BUDGET,
+        "--json",
+        "--repeats",
+        "1",
+    ]
+    look, done, seen, table, there, back = run_commands(
         [
             ["train", config, "--dry-run", "--json"],
             ["train", config, "--json"],
-            decode,
-            [*decode, *heads, "--option", "tree=2x1", "--batch-size", "2"],
-            [*decode, *heads, "--temperature", "0.5", "--seed", "3"],
-            [*proof, "--option", "tree=chain"],
-            [*race, "--methods", "ar,medusa:tree=chain", "--heads", out / "heads"],
             ["inspect", out / "heads", "--json"],
             ["inspect", out / "heads"],
             [
@@ -61,6 +83,16 @@ def test_from_a_config_to_a_speed(place: Path) -> None:
                 *("--model", model, "--layout", "vllm"),
             ],
             ["convert", "from-medusa", place / "vllm", place / "back", "--model", model],
+        ]
+    )
+    assert done.code == 0, done.err
+    plain, tree, auto, verified, raced = run_commands(
+        [
+            decode,
+            [*decode, *heads, "--option", "tree=2x1", "--batch-size", "2"],
+            [*decode, *heads, "--temperature", "0.5", "--seed", "3"],
+            [*proof, "--option", "tree=chain"],
+            [*race, "--methods", "ar,medusa:tree=chain", "--heads", out / "heads"],
         ]
     )
     outcomes = (look, done, plain, tree, auto, verified, raced, seen, table, there, back)

@@ -85,7 +85,7 @@ def _truncated(directory: Path) -> None:
     largest.write_bytes(largest.read_bytes()[:-7])
 
 
-HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no method.json": (lambda d: (d / "method.json").unlink(), "no method.json"),
     "not JSON": (lambda d: (d / "method.json").write_text("{"), "cannot read"),
     "format": (_edited(format=9), "is not format 1"),
