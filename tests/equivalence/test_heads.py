@@ -25,6 +25,7 @@ from tests.support import heads, tiny
 from tests.support.training import (
     assert_same_bits,
     log_of,
+    losses,
     make_run,
     trained,
     write_model,
@@ -278,6 +279,30 @@ def test_a_resumed_run_is_bit_identical(place: Path, monkeypatch: pytest.MonkeyP
     assert again == log == log_of(place / "whole")
     held_out = [line["held_out_loss"] for line in log if "held_out_loss" in line]
     assert held_out[-1] < held_out[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own_output", [False, True])
+def test_a_mesh_has_the_same_losses(
+    tmp_path_factory: pytest.TempPathFactory, own_output: bool
+) -> None:
+    directory = tmp_path_factory.mktemp("mesh")
+    write_model(directory, num_heads=8, num_kv_heads=4, head_dim=4, intermediate_size=64)
+    write_texts(directory)
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    found = []
+    for name, changes in (("one", {}), ("eight", mesh)):
+        _, log = trained(
+            directory,
+            out=str(directory / name),
+            method="medusa",
+            options={"count": 2, "own_output": own_output, "loss": "cross_entropy"},
+            optimizer__steps=2,
+            evaluate__every=0,
+            **changes,
+        )
+        found.append(losses(log))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
 def test_the_base_stays_as_it_was(place: Path) -> None:
