@@ -49,7 +49,7 @@ def main() -> None:
         "prompt_lookup": mtd.methods.prompt_lookup(),
         "self_speculative:drafts=3": choose_method(
             "self_speculative", args.skip, {"drafts": "3"}, ""
-        ).method,
+        ).made(model),
     }
     rows: list[dict[str, Any]] = []
     for name, method in methods.items():

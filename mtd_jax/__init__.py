@@ -13,6 +13,7 @@ Underneath are pure functions: `transformer.model.forward`, `Method.prefill`, `M
 from __future__ import annotations
 
 from mtd_jax import methods
+from mtd_jax.convert.heads import load_heads
 from mtd_jax.convert.load import load
 from mtd_jax.decoding.generate import Chunk, Completion, generate
 from mtd_jax.decoding.language_model import LanguageModel
@@ -36,6 +37,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "load_heads",
     "logits",
     "methods",
 ]

@@ -21,14 +21,27 @@ their dtype, bit for bit.
 example:
   mtd convert to-hf models/llama-1b exported/llama-1b
 """
+_FROM_MEDUSA = """\
+Reads published Medusa heads (safetensors, in the layout of the original repository or of vLLM) and
+writes a directory for --heads. Accuracies are not among them: --option tree=... or `auto`.
+
+example:
+  mtd convert from-medusa medusa-vicuna-7b heads/vicuna --model models/vicuna-7b
+"""
+_TO_MEDUSA = """\
+Writes Medusa heads as the original repository or vLLM reads them, each with an output matrix.
+
+example:
+  mtd convert to-medusa runs/medusa/heads exported/medusa --model models/smollm2 --layout vllm
+"""
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds `convert` with `from-hf` and `to-hf`."""
+    """Adds `convert` with a direction for each format."""
     parser = subparsers.add_parser(
         "convert",
         help="bring weights in and out",
-        description="Converts checkpoints from and to Hugging Face directories.",
+        description="Converts checkpoints and heads from and to the formats of others.",
     )
     kinds = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     from_hf = kinds.add_parser(
@@ -51,7 +64,26 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="GB",
         help="largest file, in 10^9 bytes (default: 5)",
     )
-    for direction, run in ((from_hf, _from_hf), (to_hf, _to_hf)):
+    from_medusa = kinds.add_parser(
+        "from-medusa", help="published Medusa heads -> heads of a model", description=_FROM_MEDUSA
+    )
+    to_medusa = kinds.add_parser(
+        "to-medusa", help="heads of a model -> published layouts", description=_TO_MEDUSA
+    )
+    to_medusa.add_argument(
+        "--layout", choices=["original", "vllm"], default="original", help="default: original"
+    )
+    for direction in (from_medusa, to_medusa):
+        direction.add_argument(
+            "--model", required=True, metavar="PATH", help="the model that the heads are for"
+        )
+    directions = (
+        (from_hf, _from_hf),
+        (to_hf, _to_hf),
+        (from_medusa, _from_medusa),
+        (to_medusa, _to_medusa),
+    )
+    for direction, run in directions:
         direction.add_argument("source", metavar="SRC", type=Path, help="what to read")
         direction.add_argument("out", metavar="OUT", type=Path, help="directory to make")
         direction.add_argument(
@@ -74,6 +106,28 @@ def _to_hf(args: argparse.Namespace) -> int:
     size = int(args.shard_size * 1e9)
     model = to_huggingface(args.source, args.out, shard_size=size, force=args.force)
     print(f"{args.out}: {model.config.family}, {model.params.embedding.dtype}")
+    return 0
+
+
+def _from_medusa(args: argparse.Namespace) -> int:
+    from mtd_jax.convert.heads import save_heads
+    from mtd_jax.convert.load import load_as_stored
+    from mtd_jax.convert.medusa_files import read_medusa
+
+    heads = read_medusa(args.source, load_as_stored(args.model))
+    save_heads(heads, args.out, force=args.force)
+    print(f"{args.out}: {heads.options['count']} heads for {heads.base}")
+    return 0
+
+
+def _to_medusa(args: argparse.Namespace) -> int:
+    from mtd_jax.convert.heads import stored_heads
+    from mtd_jax.convert.load import load_as_stored
+    from mtd_jax.convert.medusa_files import write_medusa
+
+    base = load_as_stored(args.model)
+    write_medusa(stored_heads(args.source, base), base, args.out, args.layout, force=args.force)
+    print(f"{args.out}: {args.layout} layout")
     return 0
 
 

@@ -91,9 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace, choice: Choice, data: DataConfig) -> TextLoss:
     model: LanguageModel = open_model(args)
-    method = choice.method
-    if choice.file is not None and choice.heads is not None:
-        choice.file.check_base(model.fingerprint, choice.heads)
+    method = choice.made(model)
     notice = method.check(model.config, frozenset())
     if notice is not None:
         warnings.warn(notice, UserWarning, stacklevel=2)

@@ -10,8 +10,8 @@ from typing import Any
 from mtd_jax.cli.arguments import Subparsers
 
 _DESCRIPTION = """\
-Says what a native checkpoint, a Hugging Face directory or a GGUF file holds, without loading its
-weights.
+Says what a native checkpoint, a Hugging Face directory, a GGUF file or a directory of heads holds,
+without loading its weights.
 
 example:
   mtd inspect models/smollm2-135m-instruct
@@ -42,15 +42,30 @@ def run(args: argparse.Namespace) -> int:
     summary = summarize(args.path, with_fingerprint=args.fingerprint)
     if args.json:
         print(json.dumps(summary))
+    elif summary["format"] == "heads":
+        _print_heads(summary)
     else:
         _print_table(summary)
     return 0
 
 
-def _print_table(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print_heads(summary: dict[str, Any]) -> None:
+    """A method's settings and weights."""
+    record = dict(summary["record"])
+    rows = {
+        "method": summary["method"],
+        "options": json.dumps(summary["options"]),
+        "base": summary["base"],
+        "parameters": f"{summary['parameters']:,}",
+        "stored as": summary["dtype"] or "settings alone",
+    }
+    for place, shares in enumerate(record.pop("accuracies", None) or (), start=1):
+        rows[f"right, place {place}"] = ", ".join(f"{share:.3f}" for share in shares)
+    rows |= {name: json.dumps(value) for name, value in record.items()}
+    _print(summary, rows)
 
+
+def _print_table(summary: dict[str, Any]) -> None:
     model = summary["model"]
     rope = model["rope"]
     heads = (
@@ -77,6 +92,14 @@ def _print_table(summary: dict[str, Any]) -> None:
         rows["cycles (dmtd)"] = ", ".join(f"{k} {v}" for k, v in model["cycles"].items())
     if summary["method"] is not None:
         rows["method"] = json.dumps(summary["method"])
+    _print(summary, rows)
+
+
+def _print(summary: dict[str, Any], rows: dict[str, str]) -> None:
+    """What is said of the whole, and below it every weight."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=str(summary["path"]), show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)

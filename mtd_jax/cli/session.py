@@ -8,11 +8,13 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from mtd_jax import methods, sharding
 from mtd_jax.cli.arguments import existing_path, parse_options
+from mtd_jax.convert.heads import load_heads, shipped_heads
 from mtd_jax.convert.load import load, read_description
 from mtd_jax.convert.method_files import MethodFile, read_method
 from mtd_jax.decoding.language_model import LanguageModel
@@ -49,9 +51,30 @@ class Choice:
     """A method as it was asked for; checked, but not yet fitted to a model and a batch size."""
 
     label: str
-    method: Method
+    name: str
+    options: Mapping[str, Any]
+    """Those that were asked for, over those of the heads."""
     file: MethodFile | None = None
     heads: Path | None = None
+
+    def made(self, model: LanguageModel) -> Method:
+        """The method with its heads: those that were named, or those that come with the package.
+
+        Raises:
+          InputError: heads for another model, or none where there must be some.
+        """
+        if self.file is not None and self.heads is not None:
+            self.file.check_base(model.fingerprint, self.heads)
+        if self.name not in methods.SPECS:
+            return methods.make_method(self.name, self.options)
+        directory = self.heads or shipped_heads(self.name, model)
+        if directory is None:
+            raise InputError(
+                f"no trained heads of '{self.name}' come with mtd for this model: train them with "
+                f"`mtd train` and a config like configs/{self.name}/smollm2-135m.toml, then give "
+                "the directory as --heads"
+            )
+        return methods.make_method(self.name, self.options, load_heads(directory, model))
 
     def fitted(
         self, model: LanguageModel, *, batch_size: int, prompt_tokens: int, fresh: bool = False
@@ -61,11 +84,9 @@ class Choice:
         Args:
           fresh: measure costs although they are known from an earlier run.
         """
-        if self.file is not None and self.heads is not None:
-            self.file.check_base(model.fingerprint, self.heads)
         cache = None if fresh else cache_directory() / "step-costs.json"
         fitted: Method = step_cost.calibrated(
-            model, self.method, batch_size=batch_size, prompt_tokens=prompt_tokens, cache=cache
+            model, self.made(model), batch_size=batch_size, prompt_tokens=prompt_tokens, cache=cache
         )
         return fitted
 
@@ -75,21 +96,28 @@ def choose_method(
 ) -> Choice:
     """The method of that name with the options of its heads or weights and, over them, `options`.
 
+    What needs no weights is checked now, before any are loaded.
+
     Args:
       model: path of the weights, which say what cycles they were trained for.
     """
-    if heads is None:
-        trained: dict[str, int] = {}
-        if name == "dmtd" and model is not None:
-            cycles = read_description(existing_path(model, "model"))[0].cycles
-            trained = {} if cycles is None else {"cycle": cycles.cycle}
-        return Choice(label, methods.make_method(name, {**trained, **options}))
-    directory = existing_path(heads, "heads")
-    file = read_method(directory)
-    if name in methods.METHODS and file.method != name:
-        raise InputError(f"{heads} is for method '{file.method}', not '{name}'")
-    made = methods.make_method(name, {**file.options, **options})
-    return Choice(label, made, file, directory)
+    file = directory = None
+    known: Mapping[str, Any] = options
+    if name == "dmtd" and model is not None:
+        cycles = read_description(existing_path(model, "model"))[0].cycles
+        known = options if cycles is None else {"cycle": cycles.cycle, **options}
+    if heads is not None:
+        directory = existing_path(heads, "heads")
+        file = read_method(directory)
+        if name in methods.METHODS and file.method != name:
+            raise InputError(f"{heads} is for method '{file.method}', not '{name}'")
+        known = {**file.options, **options}
+    typed = methods.typed_options(name, known)
+    if name not in methods.SPECS:
+        methods.make_method(name, typed)
+        return Choice(label, name, typed, file, directory)
+    # Those of the heads come with them; another value of what they were trained with is refused.
+    return Choice(label, name, methods.typed_options(name, options), file, directory)
 
 
 def open_method(args: argparse.Namespace) -> Choice:

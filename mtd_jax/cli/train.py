@@ -9,21 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from mtd_jax import methods
 from mtd_jax.cli import arguments
 from mtd_jax.cli.session import cache_directory, use_compilation_cache
 from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
+from mtd_jax.convert.heads import save_heads
 from mtd_jax.convert.load import load_as_stored, read_description
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import encode, read_prompts
 from mtd_jax.errors import InputError
+from mtd_jax.evaluation import environment
 from mtd_jax.parameters import count
-from mtd_jax.training.config import TrainConfig, read_config
+from mtd_jax.training.config import TrainConfig, read_config, to_dict
 from mtd_jax.training.data import prepare
 from mtd_jax.training.devices import Processes, training_mesh
+from mtd_jax.training.heads import HeadsTraining, measured
 from mtd_jax.training.log import read_log
-from mtd_jax.training.loop import Outcome, Run, fit, flops_per_token
+from mtd_jax.training.loop import Outcome, Run, fit, flops_per_token, held_out_parts
 from mtd_jax.training.plan import abstract_step, step_memory
 from mtd_jax.training.rows import Rows, describe_row
 from mtd_jax.training.step import Trainer
@@ -36,13 +41,17 @@ a cluster. A run that was stopped, or killed, goes on where it was when it is st
   mtd train configs/sft/smollm2-135m-smoke.toml --set optimizer.steps=50 --set out=runs/try
 
 In the run's directory: checkpoints/, log.jsonl, events/ for TensorBoard, loss.png, and at the end
-model/, which decodes at once:
+model/, which decodes at once, or heads/, where weights of a decoding method were trained:
 
   mtd generate --model runs/try/model --prompt "..."
+  mtd generate --model models/smollm2 --method medusa --heads runs/medusa/heads --prompt "..."
 
 Several processes find each other by themselves on TPU pods and under Slurm; elsewhere name the
 first one: --coordinator HOST:PORT --process-count N --process-index I (train/launch/ has examples).
 """
+_HEADS_DTYPE = jnp.bfloat16
+"""Guesses need no more digits, and heads travel with packages: what is lossless does not hang on
+them."""
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
@@ -188,13 +197,35 @@ def _show(report: dict[str, Any]) -> None:
     console.print(shown)
 
 
+def _result(run: Run) -> Path:
+    """Where what was trained goes."""
+    return run.directory / ("heads" if run.config.method in methods.SPECS else "model")
+
+
 def _export(run: Run, outcome: Outcome) -> None:
-    """The trained model, in the float type of the base."""
+    """What was trained: a model in the float type of its base, heads in `_HEADS_DTYPE`."""
     base, tokenizer = run.load(), read_description(run.config.model)[1]
-    params, _ = run.trainer.objective.decoder(outcome.state.trainable, outcome.frozen)
-    dtype = base.params.embedding.dtype
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
     steps = int(jax.device_get(outcome.state.step))
+    dtype = base.params.embedding.dtype
+    objective = run.trainer.objective
+    if isinstance(objective, HeadsTraining):
+        record = {
+            "steps": steps,
+            "model": base.source,
+            "config": to_dict(run.config),
+            "rows": run.train.fingerprint,
+            "versions": environment.versions(),
+            **environment.provenance(),
+        }
+        if run.held_out is not None:
+            weights = jax.tree.map(lambda w: w.astype(_HEADS_DTYPE), outcome.state.trainable)
+            with jax.set_mesh(run.mesh):
+                record |= measured(objective, weights, outcome.frozen, held_out_parts(run))
+        heads = objective.heads(outcome.state.trainable, base.fingerprint, record)
+        save_heads(heads, _result(run), dtype=_HEADS_DTYPE, force=True)
+        return
+    params, _ = objective.decoder(outcome.state.trainable, outcome.frozen)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     note = f"{run.config.method}, {steps} steps from {base.fingerprint}"
     trained = LanguageModel(
         params=params,
@@ -203,7 +234,7 @@ def _export(run: Run, outcome: Outcome) -> None:
         fingerprint=fingerprint(params),
         source=f"{base.source}; {note}",
     )
-    save_native(trained, run.directory / "model", force=True)
+    save_native(trained, _result(run), force=True)
 
 
 def _draw(directory: Path) -> None:
@@ -228,8 +259,6 @@ def _closing_line(run: Run, outcome: Outcome, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
     elif outcome.finished:
-        print(
-            f"{run.directory / 'model'}: loss {report['loss']}, held out {report['held_out_loss']}"
-        )
+        print(f"{_result(run)}: loss {report['loss']}, held out {report['held_out_loss']}")
     else:
         print(f"stopped behind step {report['steps']}; the same command goes on from there")

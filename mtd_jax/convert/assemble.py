@@ -64,7 +64,7 @@ def plan(config: ModelConfig, rules: Sequence[TensorRule]) -> dict[str, tuple[Pi
     return leaves
 
 
-def leaf_paths(tree: Parameters) -> list[tuple[str, Any]]:
+def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a parameter tree (arrays, or `Weight`s) with their paths, `blocks.qkv`."""
     flat, _ = jax.tree.flatten_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in flat]
@@ -79,7 +79,7 @@ def stored_form(params: Parameters) -> Parameters:
     return params.replace(blocks=blocks, head=head)
 
 
-def leaf_shardings(declared: Parameters, mesh: Mesh | None) -> list[jax.sharding.Sharding]:
+def leaf_shardings(declared: Any, mesh: Mesh | None) -> list[jax.sharding.Sharding]:
     """Where each declared leaf goes: over the mesh, or onto the first device."""
     if mesh is not None:
         return [sharding for _, sharding in leaf_paths(shardings(mesh, declared))]

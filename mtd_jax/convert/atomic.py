@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from mtd_jax.errors import InputError
 
 
@@ -43,6 +45,32 @@ def atomic_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def shared_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """`atomic_directory` for any number of processes, all of which write into it.
+
+    The disk must be one that all of them see. The first process makes the directory and puts it in
+    place; of several, an older one at `out` is replaced.
+    """
+    if jax.process_count() == 1:
+        with atomic_directory(out, force=force) as work:
+            yield work
+        return
+    from jax.experimental import multihost_utils
+
+    first = jax.process_index() == 0
+    work = out.absolute().parent / f".{out.name}.part-together"
+    if first:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    multihost_utils.sync_global_devices("mtd-jax: a directory to write to")
+    yield work
+    multihost_utils.sync_global_devices("mtd-jax: everything is written")
+    if first:
+        put_in_place(work, out.absolute())
+    multihost_utils.sync_global_devices("mtd-jax: everything is in its place")
+
+
 def write_file(path: Path, text: str) -> None:
     """Writes beside the file and renames: a killed run leaves the old one.
 
@@ -72,7 +100,7 @@ def check_free(out: Path, *, force: bool = False) -> None:
         return
     if not force:
         raise InputError(f"{out} is there already (--force replaces it)")
-    if not (out / "config.json").is_file():
+    if not any((out / name).is_file() for name in ("config.json", "method.json")):
         raise InputError(f"{out} holds no checkpoint, so --force does not replace it")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import jax
 
 from mtd_jax.convert import native
 from mtd_jax.convert.assemble import stored_form
-from mtd_jax.convert.atomic import atomic_directory, check_free, check_space, put_in_place
+from mtd_jax.convert.atomic import atomic_directory, check_free, check_space, shared_directory
 from mtd_jax.convert.huggingface import SHARD_BYTES, copy_tokenizer, write_huggingface
 from mtd_jax.convert.load import load_as_stored, locate
 from mtd_jax.decoding.language_model import LanguageModel
@@ -76,35 +75,12 @@ def save_native(model: LanguageModel, out: Path, *, force: bool = False) -> None
     Raises:
       InputError: `out` is there already or cannot be written.
     """
-    if jax.process_count() > 1:
-        _save_together(model, out)
-        return
-    with atomic_directory(out, force=force) as work:
+    with shared_directory(out, force=force) as work:
         check_space(work, size_in_bytes(model.params))
-        if model.tokenizer is not None:
+        if model.tokenizer is not None and jax.process_index() == 0:
             model.tokenizer.save(work)
         params = stored_form(model.params)
         native.write_native(work, params, fingerprint=model.fingerprint, source=model.source)
-
-
-def _save_together(model: LanguageModel, out: Path) -> None:
-    """`save_native` of several processes: the first makes the directory and puts it in place."""
-    from jax.experimental import multihost_utils
-
-    first = jax.process_index() == 0
-    work = out.absolute().parent / f".{out.name}.part-together"
-    if first:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        if model.tokenizer is not None:
-            model.tokenizer.save(work)
-    multihost_utils.sync_global_devices("mtd-jax: a directory to write to")
-    params = stored_form(model.params)
-    native.write_native(work, params, fingerprint=model.fingerprint, source=model.source)
-    multihost_utils.sync_global_devices("mtd-jax: everything is written")
-    if first:
-        put_in_place(work, out.absolute())
-    multihost_utils.sync_global_devices("mtd-jax: everything is in its place")
 
 
 def _check_apart(source: Path, out: Path) -> None:

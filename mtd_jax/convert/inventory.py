@@ -24,18 +24,21 @@ def take_inventory(directory: Path) -> dict[str, list[Any]]:
     }
 
 
-def check_inventory(directory: Path, inventory: Any) -> None:
+def check_inventory(directory: Path, inventory: Any, *, listed_in: str = "config.json") -> None:
     """Compares a directory with what `take_inventory` found in it.
+
+    Args:
+      listed_in: the file beside the directory that holds the inventory.
 
     Raises:
       InputError: names the first file that is missing or changed, or the inventory is malformed.
     """
     if not isinstance(inventory, dict) or not inventory:
-        raise InputError(f"{directory.parent}/config.json does not list the files of {directory}")
+        raise InputError(f"{directory.parent}/{listed_in} does not list the files of {directory}")
     for name, expected in inventory.items():
         path = directory / name
         if not path.resolve().is_relative_to(directory.resolve()):
-            raise InputError(f"{directory.parent}/config.json lists '{name[:100]}' elsewhere")
+            raise InputError(f"{directory.parent}/{listed_in} lists '{name[:100]}' elsewhere")
         if not path.is_file():
             raise InputError(f"{path} is missing")
         try:

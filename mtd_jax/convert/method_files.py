@@ -25,7 +25,11 @@ class MethodFile:
     base: str
     """Fingerprint of the model they were found for."""
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """How they were found, for people."""
+    """How they were found: for people, and for trees (`decoding.heads.ACCURACIES`)."""
+    dtype: str | None = None
+    """Name of the float type that weights are stored in; None: there are none, only settings."""
+    files: Mapping[str, Any] | None = None
+    """The inventory of the weights beside the file."""
 
     def check_base(self, fingerprint: str, path: Path) -> None:
         """Refuses another model than the one the settings are for.
@@ -55,7 +59,12 @@ def read_method(directory: Path) -> MethodFile:
     method, options, base = (values.get(key) for key in ("method", "options", "base"))
     if not (isinstance(method, str) and isinstance(options, dict) and isinstance(base, str)):
         raise InputError(f"{path} must hold 'method', 'options' and 'base'")
-    return MethodFile(method, options, base, values.get("record") or {})
+    record, dtype, files = (values.get(key) for key in ("record", "dtype", "files"))
+    if not isinstance(record, dict | None):
+        raise InputError(f"{path}: 'record' must be an object")
+    if not (isinstance(dtype, str | None) and isinstance(files, dict | None)):
+        raise InputError(f"{path}: 'dtype' must be text and 'files' an object")
+    return MethodFile(method, options, base, record or {}, dtype, files)
 
 
 def write_method(directory: Path, settings: MethodFile) -> None:
@@ -65,4 +74,5 @@ def write_method(directory: Path, settings: MethodFile) -> None:
       InputError: the directory cannot be made or written.
     """
     values = {"format": _FORMAT, **dataclasses.asdict(settings)}
+    values = {key: value for key, value in values.items() if value is not None}
     write_file(directory / FILE, json.dumps(values, indent=2) + "\n")

@@ -57,11 +57,7 @@ def restore_tree(
 
     handler = ocp.PyTreeCheckpointHandler()
     with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-        try:
-            stored = checkpointer.metadata(directory.absolute()).item_metadata.tree
-        except Exception as error:  # Orbax and TensorStore raise many types on damaged files
-            raise InputError(f"{directory} cannot be read: {_reason(error)}") from error
-        _check_shapes(directory, stored, wanted)
+        _check_shapes(directory, _stored(checkpointer, directory), wanted)
         restored: dict[str, jax.Array] = {}
         largest_first = sorted(wanted, key=lambda name: -math.prod(wanted[name].shape))
         with _cheap_collection(), progress("loading weights", len(wanted)) as advance:
@@ -83,6 +79,30 @@ def restore_tree(
                 gc.collect()
                 advance()
     return restored
+
+
+def stored_shapes(directory: Path) -> dict[str, list[int]]:
+    """The shapes of the arrays in a directory, by name; their values are not read.
+
+    Raises:
+      InputError: it cannot be read, or holds something else than named arrays.
+    """
+    import orbax.checkpoint as ocp
+
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        stored = _stored(checkpointer, directory)
+    shapes = {str(name): getattr(leaf, "shape", None) for name, leaf in dict(stored).items()}
+    if not all(isinstance(shape, tuple) for shape in shapes.values()):
+        raise InputError(f"{directory} holds no named arrays")
+    return {name: list(shape or ()) for name, shape in shapes.items()}
+
+
+def _stored(checkpointer: Any, directory: Path) -> Any:
+    """What a directory says of its arrays."""
+    try:
+        return checkpointer.metadata(directory.absolute()).item_metadata.tree
+    except Exception as error:  # Orbax and TensorStore raise many types on damaged files
+        raise InputError(f"{directory} cannot be read: {_reason(error)}") from error
 
 
 def _check_shapes(directory: Path, stored: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -10,8 +10,10 @@ from mtd_jax.config import ModelConfig
 from mtd_jax.convert import gguf, huggingface, native
 from mtd_jax.convert.assemble import check_tensors, leaf_paths, plan, stored_dtype
 from mtd_jax.convert.families import HF_TENSORS
+from mtd_jax.convert.heads import describe_heads
 from mtd_jax.convert.json_files import read_json
 from mtd_jax.convert.load import load_as_stored, locate
+from mtd_jax.convert.method_files import FILE
 from mtd_jax.convert.safetensors_files import open_safetensors
 from mtd_jax.convert.tensor_source import FLOATS
 from mtd_jax.tokenizer import has_tokenizer
@@ -19,7 +21,7 @@ from mtd_jax.transformer.model import declare
 
 
 def summarize(path: Path, *, with_fingerprint: bool = False) -> dict[str, Any]:
-    """A JSON-ready description of anything that `load` takes.
+    """A JSON-ready description of anything that `load` or `load_heads` takes.
 
     Args:
       with_fingerprint: read all weights to compute it where it is not stored.
@@ -27,6 +29,8 @@ def summarize(path: Path, *, with_fingerprint: bool = False) -> dict[str, Any]:
     Raises:
       InputError: nothing there that can be loaded, or it is damaged.
     """
+    if (path / FILE).is_file() and not (path / "config.json").is_file():
+        return describe_heads(path)
     kind, place = locate(path)
     fingerprint: str | None = None
     if kind == "native":

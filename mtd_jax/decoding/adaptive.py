@@ -15,6 +15,8 @@ from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 _PRIOR_ACCEPTED, _PRIOR_TRIED = 0.7, 1.0
 _FORGET = 0.96
 """A step's weight against the next one's: a text changes its ways about every 25 steps."""
+_PRIOR_YIELD = 3.0
+"""Drafts: a measurement on many texts is believed until about so many say otherwise."""
 
 
 class AcceptanceRates(struct.PyTreeNode):
@@ -76,5 +78,54 @@ def best_size(
     rate = jnp.clip(rate, 0.0, 0.999)[None, :]
     # 1 + r + r^2 + ... + r^n
     tokens = (1.0 - rate ** (usable + 1.0)) / (1.0 - rate)
+    tokens = jnp.sum(jnp.where(active[None, :], tokens, 0.0), axis=1)
+    return jnp.argmax(tokens / costs).astype(jnp.int32)
+
+
+class Yields(struct.PyTreeNode):
+    """How many drafts were accepted lately, beside how many were expected to be.
+
+    For trees built from measured accuracies: a text may be easier or harder than those that they
+    were measured on. What is forgotten makes room for the measurement.
+    """
+
+    accepted: Leaf
+    """[B] float32"""
+    expected: Leaf
+    """[B] float32"""
+
+    @classmethod
+    def empty(cls, batch: int) -> Yields:
+        """Nothing known yet."""
+        zeros = jnp.zeros(batch, jnp.float32)
+        return cls(zeros, zeros)
+
+    def ratio(self) -> Float[Array, " B"]:
+        """Accepted drafts for each expected one."""
+        return (self.accepted + _PRIOR_YIELD) / (self.expected + _PRIOR_YIELD)
+
+    def after(self, accepted: Int[Array, " B"], expected: Float[Array, " B"]) -> Yields:
+        """The yields after a step; one without drafts expects and accepts 0."""
+        return Yields(
+            self.accepted * _FORGET + accepted.astype(jnp.float32),
+            self.expected * _FORGET + expected,
+        )
+
+
+def best_tree_index(
+    expected: Float[Array, " trees"],
+    costs: Float[Array, " trees"],
+    ratio: Float[Array, " B"],
+    active: Bool[Array, " B"],
+) -> Int[Array, ""]:
+    """Index of the tree that emits most tokens a second; of equals the first.
+
+    Args:
+      expected: drafts of each tree that are accepted on average (`TokenTree.expected_tokens` - 1).
+      costs: seconds of a step with it, in any unit.
+      ratio: accepted drafts for each expected one (`Yields.ratio`).
+      active: rows that count.
+    """
+    tokens = 1.0 + expected[:, None] * ratio[None, :]
     tokens = jnp.sum(jnp.where(active[None, :], tokens, 0.0), axis=1)
     return jnp.argmax(tokens / costs).astype(jnp.int32)

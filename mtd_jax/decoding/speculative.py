@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from mtd_jax.decoding import verify
 from mtd_jax.decoding.method import DecodeState
@@ -15,10 +16,31 @@ from mtd_jax.decoding.sampling import log_probabilities, position_keys, sample
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, extend, unembed
-from mtd_jax.typing import Array, Float, Int
+from mtd_jax.typing import Array, Float, Int, Leaf
 
 Acceptance: TypeAlias = Literal["exact", "typical"]
 Extend: TypeAlias = Callable[..., tuple[jax.Array, KVCache]]
+
+
+class Pass(struct.PyTreeNode):
+    """What a verifying pass computed, for methods that draft from it."""
+
+    rows: Leaf
+    """[B, M, D]: what the last layer put out at every node, before the final norm."""
+    logits: Leaf
+    """[B, M, V] float32: the model's, penalties applied."""
+    verdict: verify.Verdict
+
+    @property
+    def last(self) -> Int[Array, " B"]:
+        """The last node that was kept; the root where no draft was."""
+        path: jax.Array = self.verdict.path
+        return path[:, -1]
+
+    @property
+    def last_row(self) -> Float[Array, "B D"]:
+        """`rows` at the last node that was kept: the newest token of the text was drawn from it."""
+        return jnp.take_along_axis(self.rows, self.last[:, None, None], axis=1)[:, 0]
 
 
 def verify_drafts(
@@ -29,6 +51,18 @@ def verify_drafts(
     *,
     acceptance: Acceptance = "exact",
 ) -> DecodeState:
+    """`verify_pass` for methods that have no use for what the pass computed."""
+    return verify_pass(params, state, tree, drafts, acceptance=acceptance)[0]
+
+
+def verify_pass(
+    params: Parameters,
+    state: DecodeState,
+    tree: TokenTree,
+    drafts: Int[Array, "B drafts"],
+    *,
+    acceptance: Acceptance = "exact",
+) -> tuple[DecodeState, Pass]:
     """Verifies drafts that were not drawn at random.
 
     Args:
@@ -38,7 +72,7 @@ def verify_drafts(
         is emitted is what plain decoding emits, at any temperature. `typical` is lossy.
     """
     on_tree = jnp.pad(drafts, ((0, 0), (1, 0)))
-    logits, positions, cache = _target_logits(params, state, tree, on_tree)
+    x, logits, positions, cache = _target_logits(params, state, tree, on_tree)
     batch, nodes, vocab = logits.shape
     flat = logits.reshape(batch * nodes, vocab)
     rows = state.requests.sampling.repeat(nodes)
@@ -49,7 +83,8 @@ def verify_drafts(
     else:
         verdict = verify.walk(tree, on_tree, drawn)
     drafted = jnp.sum(drafts >= 0, axis=1, dtype=jnp.int32)
-    return _settled(state, cache, verdict, drafted, None if tree.is_chain else verdict.path)
+    path = None if tree.is_chain else verdict.path
+    return _settled(state, cache, verdict, drafted, path), Pass(x, logits, verdict)
 
 
 def verify_draws(
@@ -68,7 +103,7 @@ def verify_draws(
     tree = TokenTree.chain(drafts.shape[1])
     real = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
     on_tree = jnp.pad(jnp.where(real, drafts, -1), ((0, 0), (1, 0)))
-    logits, positions, cache = _target_logits(params, state, tree, on_tree, extend)
+    _, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend)
     batch, nodes, vocab = logits.shape
     flat = logits.reshape(batch * nodes, vocab)
     rows = state.requests.sampling.repeat(nodes)
@@ -115,8 +150,8 @@ def _target_logits(
     tree: TokenTree,
     on_tree: Int[Array, "B M"],
     extend: Extend = extend,
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Penalised logits [B, M, V] at every node, positions [B, M] of what they predict, cache."""
+) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
+    """Rows [B, M, D] and penalised logits [B, M, V] of all nodes, places [B, M] of what follows."""
     on_tree = on_tree.at[:, 0].set(state.pending)
     ancestors = None if tree.is_chain else tree.ancestors
     tokens = jnp.maximum(on_tree, 0)
@@ -127,7 +162,7 @@ def _target_logits(
     on_way = jnp.where(fresh[None], on_tree[:, ways], -1)
     logits = penalized(unembed(params, x), state.requests.sampling, state.history, on_way)
     positions = state.cache.length[:, None] + 1 + jnp.asarray(tree.depth)[None, :]
-    return logits, positions, cache
+    return x, logits, positions, cache
 
 
 def _settled(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 
 from mtd_jax import backend
 from mtd_jax.config import MAX_CYCLE, Anchor
+from mtd_jax.decoding.heads import Heads, HeadsSpec
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import MAX_NODES, TokenTree
 from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.methods import medusa as _medusa
 from mtd_jax.methods.autoregressive import Autoregressive
 from mtd_jax.methods.dmtd import DMTD
 from mtd_jax.methods.ngram import NGram
@@ -23,6 +26,7 @@ from mtd_jax.methods.prompt_lookup import PromptLookup
 from mtd_jax.methods.self_speculative import SelfSpeculative
 from mtd_jax.transformer.stack import Skip
 
+Spec = TypeVar("Spec", bound=HeadsSpec)
 Drafts = int | Literal["auto"]
 """Tokens drafted a step; `auto` weighs measured costs against measured acceptance, 0 included."""
 
@@ -134,6 +138,20 @@ def dmtd(
     return DMTD(cycle=cycle, early=early, late=late, anchor=anchor, lossless=lossless)
 
 
+def medusa(heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact") -> _medusa.Medusa:
+    """Heads that guess the tokens behind the next one (`medusa`).
+
+    Args:
+      heads: from `load_heads`.
+      tree: `chain`; children of each node by depth, `3x2x1`; `measured`: the tree that pays, by how
+        often the heads were right on held-out texts; `auto`: the same, and a chain of the length
+        that pays where nothing was measured.
+      acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
+    """
+    spec = spec_of(heads, _medusa.MedusaSpec)
+    return _medusa.make(spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance)
+
+
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
     {
         Autoregressive.name: autoregressive,
@@ -141,8 +159,16 @@ METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
         NGram.name: ngram,
         PromptLookup.name: prompt_lookup,
         SelfSpeculative.name: self_speculative,
+        _medusa.MedusaSpec.name: medusa,
     }
 )
+SPECS: Mapping[str, type[HeadsSpec]] = MappingProxyType(
+    {
+        _medusa.MedusaSpec.name: _medusa.MedusaSpec,
+    }
+)
+"""Methods with trained weights, which a factory takes as `heads`; each has the option `tree`, which
+takes `chain`."""
 
 
 def reference(method: Method) -> Method:
@@ -155,25 +181,52 @@ def reference(method: Method) -> Method:
     return autoregressive()
 
 
-def make_method(name: str, options: Mapping[str, Any]) -> Method:
+def make_method(name: str, options: Mapping[str, Any], heads: Heads | None = None) -> Method:
     """The method of that name with these options; values may be text, as on the command line.
 
+    Args:
+      heads: weights of the method, whose options come first; for methods of `SPECS` alone.
+
     Raises:
-      InputError: an unknown method or option (the nearest known one is named), or a wrong value.
+      InputError: an unknown method or option (the nearest known one is named), a wrong value, no
+        heads where there must be some, or another value than the heads were trained with.
+    """
+    typed = typed_options(name, options)
+    if name not in SPECS:
+        return METHODS[name](**typed)
+    if heads is None:
+        raise InputError(f"method '{name}' needs trained heads")
+    if heads.method != name:
+        raise InputError(f"these heads are for method '{heads.method}', not '{name}'")
+    trained = typed_options(name, heads.options)
+    own = [field.name for field in dataclasses.fields(SPECS[name])]
+    for key in own:
+        if key in typed and typed[key] != trained.get(key):
+            raise InputError(f"{key} of '{name}' is what the heads were trained with")
+    decoding = {key: value for key, value in {**trained, **typed}.items() if key not in own}
+    return METHODS[name](heads=heads, **decoding)
+
+
+def typed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method, those of its heads among them, each of the kind that it must be.
+
+    Raises:
+      InputError: an unknown method or option, or a wrong value.
     """
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
-    factory = METHODS[name]
-    known = typing.get_type_hints(factory)
-    known.pop("return")
-    made: Method = factory(**typed_options(name, known, options))
-    return made
+    known = typing.get_type_hints(METHODS[name])
+    for internal in ("return", "heads"):
+        known.pop(internal, None)
+    if name in SPECS:
+        kind = SPECS[name]
+        hints = typing.get_type_hints(kind)
+        known |= {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return read_options(name, known, options)
 
 
-def typed_options(
-    name: str, known: Mapping[str, Any], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The options of a method, each as the type that `known` says; text is read.
+def read_options(name: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method, each of the type that `known` says; text is read.
 
     Raises:
       InputError: an unknown option (the nearest known one is named), or a wrong value.
@@ -182,6 +235,33 @@ def typed_options(
         if option not in known:
             raise unknown_name(f"option of method '{name}'", option, known)
     return {key: _typed(key, known[key], value) for key, value in options.items()}
+
+
+def make_spec(name: str, options: Mapping[str, Any]) -> HeadsSpec:
+    """What the weights of a method of `SPECS` are; options of its decoding are left out.
+
+    Raises:
+      InputError: as for `typed_options`.
+    """
+    kind = SPECS[name]
+    typed = typed_options(name, options)
+    own = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{key: value for key, value in typed.items() if key in own})
+
+
+def spec_of(heads: Heads, kind: type[Spec]) -> Spec:
+    """The spec that heads were trained with, for the factory of a method.
+
+    Raises:
+      InputError: they are no heads, or those of another method.
+    """
+    if not isinstance(heads, Heads):
+        raise InputError("heads must be loaded: mtd.load_heads(directory, model)")
+    if heads.method not in SPECS or SPECS[heads.method] is not kind:
+        raise InputError(f"these heads are for method '{heads.method}'")
+    found = make_spec(heads.method, heads.options)
+    assert isinstance(found, kind)
+    return found
 
 
 def _copying(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.config import Anchor, CycleConfig, ModelConfig
-from mtd_jax.decoding.drafting import draw_chain
+from mtd_jax.decoding.draft_chain import draw_chain
 from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
 from mtd_jax.decoding.penalties import penalized
 from mtd_jax.decoding.prompt import first_state, read_prompt

@@ -17,7 +17,7 @@ from flax import struct
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.adaptive import AcceptanceRates, best_size
-from mtd_jax.decoding.drafting import draw_chain
+from mtd_jax.decoding.draft_chain import draw_chain
 from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
 from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.decoding.speculative import in_place_switch, verify_drafts, verify_draws

@@ -273,25 +273,28 @@ def flops_per_token(run: Run, trainable: Any, frozen: Any) -> float:
     return run.trainer.objective.flops(trainable, frozen) + attention
 
 
+def held_out_parts(run: Run) -> Iterable[Packed]:
+    """The batches that a run is measured on, on its devices; none where nothing is held out."""
+    if run.held_out is None:
+        return ()
+    number, of = run.share()
+    local = held_out_batches(
+        run.held_out,
+        batch_size=run.config.data.batch_size,
+        most=run.config.evaluate.batches,
+        process_index=number,
+        process_count=of,
+    )
+    return (run.placed(batch) for batch in local)
+
+
 def _evaluations(run: Run, base: LanguageModel) -> list[Evaluation]:
     config = run.config
     found: list[Evaluation] = []
     if not config.evaluate.every:
         return found
     if run.held_out is not None:
-        rows, (number, of) = run.held_out, run.share()
-
-        def parts() -> Iterable[Packed]:
-            local = held_out_batches(
-                rows,
-                batch_size=config.data.batch_size,
-                most=config.evaluate.batches,
-                process_index=number,
-                process_count=of,
-            )
-            return (run.placed(batch) for batch in local)
-
-        found.append(HeldOut(run.trainer, parts))
+        found.append(HeldOut(run.trainer, lambda: held_out_parts(run)))
     if run.prompts:
         found.append(Decoding(run.trainer, base, run.prompts, config.evaluate.new_tokens))
     return found

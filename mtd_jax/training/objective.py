@@ -7,22 +7,23 @@ come in two trees, trainable and frozen, and only the first is differentiated.
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from mtd_jax import sharding
+from mtd_jax import methods, sharding
 from mtd_jax.config import Anchor, CycleConfig
 from mtd_jax.decoding.method import Method
 from mtd_jax.errors import InputError, unknown_name
-from mtd_jax.methods import dmtd, typed_options
 from mtd_jax.methods.autoregressive import Autoregressive
 from mtd_jax.methods.dmtd import DEFAULT_LATE, DMTD, PLAIN, cycle_hidden, places_in_cycle
 from mtd_jax.training.config import TrainConfig
+from mtd_jax.training.heads import HeadsTraining
+from mtd_jax.training.utilization import weights_in_products
 from mtd_jax.transformer.losses import Totals, cross_entropy
 from mtd_jax.transformer.model import Parameters, embed
 from mtd_jax.transformer.packed import Packed, packed_rows
@@ -156,7 +157,9 @@ class CycleTuning(FineTuning):
     """Cycles of each row of a batch are moved by a number of places drawn anew in each step."""
 
     def __post_init__(self) -> None:
-        dmtd(cycle=self.cycle, early=self.early, late=self.late)  # refuses what no cycle can be
+        methods.dmtd(
+            cycle=self.cycle, early=self.early, late=self.late
+        )  # refuses what no cycle can be
 
     def split(self, params: Parameters) -> tuple[Any, Any]:
         """By `freeze`; the config says from now on what the weights are trained for.
@@ -190,7 +193,7 @@ class CycleTuning(FineTuning):
 
     def decoder(self, trainable: Any, frozen: Any) -> tuple[Parameters, Method]:
         """Decoding in the same cycles."""
-        return joined(trainable, frozen), dmtd(cycle=self.cycle)
+        return joined(trainable, frozen), methods.dmtd(cycle=self.cycle)
 
     def _places(self, batch: Packed, shift: jax.Array | None) -> jax.Array:
         return places_in_cycle(batch, self.cycle, self.anchor, shift)
@@ -210,12 +213,7 @@ def make_objective(config: TrainConfig) -> Objective:
     """
     if config.method not in _OBJECTIVES:
         raise unknown_name("method to train", config.method, _OBJECTIVES)
-    kind, memory = _OBJECTIVES[config.method], config.memory
-    known = typing.get_type_hints(kind)
-    for shared in ("freeze", "remat", "chunk"):
-        known.pop(shared)
-    options = typed_options(config.method, known, config.options)
-    return kind(config.freeze, memory.remat, memory.loss_chunk, **options)
+    return _OBJECTIVES[config.method](config)
 
 
 def joined(trainable: Any, frozen: Any) -> Any:
@@ -225,19 +223,36 @@ def joined(trainable: Any, frozen: Any) -> Any:
     )
 
 
-def weights_in_products(params: Parameters) -> int:
-    """Weights that tokens are multiplied with: no norms, no biases, no lookup in the embedding.
-
-    Of a part of the parameters (`None` elsewhere), those that are there.
-    """
-    blocks: Any = params.blocks
-    tied = params.config.tie_embeddings
-    output = params.embedding if tied else params.head
-    matrices = (blocks.qkv, blocks.attention_out, blocks.gate_up, blocks.down, output)
-    return sum(math.prod(x.shape) for x in matrices if x is not None)
+def _fine_tuning(config: TrainConfig) -> Objective:
+    for name in config.options:
+        raise unknown_name(f"option of {config.method}", name, ())
+    memory = config.memory
+    return FineTuning(freeze=config.freeze, remat=memory.remat, chunk=memory.loss_chunk)
 
 
-_OBJECTIVES: Mapping[str, type[FineTuning]] = {"sft": FineTuning, DMTD.name: CycleTuning}
+def _heads(config: TrainConfig) -> Objective:
+    if config.freeze:
+        raise InputError(f"{config.method} trains no weight of the model: leave out freeze")
+    options = methods.typed_options(config.method, config.options)
+    return HeadsTraining(
+        spec=methods.make_spec(config.method, options),
+        options=tuple(sorted(options.items())),
+        seed=config.seed,
+        chunk=config.memory.loss_chunk,
+    )
+
+
+def _cycle_tuning(config: TrainConfig) -> Objective:
+    known = typing.get_type_hints(CycleTuning)
+    for shared in ("freeze", "remat", "chunk"):
+        known.pop(shared)
+    options = methods.read_options(config.method, known, config.options)
+    return CycleTuning(config.freeze, config.memory.remat, config.memory.loss_chunk, **options)
+
+
+_OBJECTIVES: Mapping[str, Callable[[TrainConfig], Objective]] = MappingProxyType(
+    {"sft": _fine_tuning, DMTD.name: _cycle_tuning, **dict.fromkeys(methods.SPECS, _heads)}
+)
 
 
 def _named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:

@@ -9,6 +9,7 @@ do padding tokens.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtd_jax.config import ModelConfig
+from mtd_jax.transformer.model import Parameters
 
 _PEAK_BFLOAT16 = {
     # Dense bfloat16 FLOP/s of one device, as its maker states them.
@@ -33,6 +35,18 @@ _PEAK_BFLOAT16 = {
     "NVIDIA H200": 989e12,
 }
 _SIZE = 2048
+
+
+def weights_in_products(params: Parameters) -> int:
+    """Weights that tokens are multiplied with: no norms, no biases, no lookup in the embedding.
+
+    Of a part of the parameters (`None` elsewhere), those that are there.
+    """
+    blocks: Any = params.blocks
+    tied = params.config.tie_embeddings
+    output = params.embedding if tied else params.head
+    matrices = (blocks.qkv, blocks.attention_out, blocks.gate_up, blocks.down, output)
+    return sum(math.prod(x.shape) for x in matrices if x is not None)
 
 
 def attention_flops(config: ModelConfig, keys_seen: float) -> float:

@@ -12,6 +12,7 @@ and their gradient is scattered once behind. Left to the compiler, every chunk w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -22,7 +23,7 @@ from jax import lax
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.sharding import Shares, shares_of_batch
-from mtd_jax.transformer.model import Parameters, declare, unembed
+from mtd_jax.transformer.model import Parameters, declare, project, unembed
 from mtd_jax.typing import Array, Bool, Float, Int
 
 Totals: TypeAlias = dict[str, Float[Array, ""]]
@@ -147,6 +148,7 @@ def cross_entropy(
     chunk: int,
     kinds: Int[Array, "B T"] | None = None,
     names: tuple[str, ...] = (),
+    normed: bool = False,
 ) -> Totals:
     """Sums of -log p(target) ("loss") and of right guesses ("right") over the rows that count.
 
@@ -155,13 +157,15 @@ def cross_entropy(
       x: what the last layer puts out.
       chunk: positions whose logits exist at a time.
       kinds: kind of each row; the losses of kind i are also summed alone, as "loss_{names[i]}".
+      normed: `x` is behind the final norm already.
     """
     config = params.config
+    logits_of = project if normed else unembed
     kinds = jnp.zeros_like(targets) if kinds is None else kinds
 
     def loss(weights: Any, x: Array, data: tuple[Array, Array, Array]) -> Totals:
         targets, counts, kinds = data
-        logits = unembed(_only_output(config, weights), x)
+        logits = logits_of(_only_output(config, weights), x)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         right = (jnp.argmax(logits, axis=-1) == targets) & counts
@@ -181,19 +185,30 @@ def divergence(
     counts: Bool[Array, "B T"],
     *,
     chunk: int,
+    normed: bool = False,
+    base: Parameters | None = None,
 ) -> Totals:
     """Sums of KL(teacher || x) ("loss") and of equal best tokens ("right") over rows that count.
 
-    Both are rows before the final norm; one output head reads them. No gradient flows into
-    `teacher` or, through it, into the head.
+    No gradient flows into `teacher` or, through it, into the head.
+
+    Args:
+      params: final norm and output head are used.
+      x: rows before the final norm, or behind it if `normed`.
+      teacher: the same.
+      chunk: positions whose logits exist at a time.
+      normed: see `x`.
+      base: whose output head reads `teacher`, where it is another one than reads `x`.
     """
-    config = params.config
+    read = (params,) if base is None else (params, base)
+    logits_of = project if normed else unembed
 
     def loss(weights: Any, x: Array, data: tuple[Array, Array]) -> Totals:
         teacher, counts = data
-        head = _only_output(config, weights)
-        wanted = unembed(lax.stop_gradient(head), teacher)
-        log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(unembed(head, x))
+        pairs = zip(read, weights, strict=True)
+        heads = [_only_output(each.config, pair) for each, pair in pairs]
+        wanted = logits_of(lax.stop_gradient(heads[-1]), teacher)
+        log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(logits_of(heads[0], x))
         kl = (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
         right = (jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)) & counts
         return {
@@ -201,8 +216,9 @@ def divergence(
             "right": right.astype(jnp.float32).sum(),
         }
 
-    axes = _output_axes(config)
-    return summed_over_chunks(loss, _output(params), x, (teacher, counts), chunk, axes)
+    weights = tuple(_output(each) for each in read)
+    axes = tuple(itertools.chain.from_iterable(_output_axes(each.config) for each in read))
+    return summed_over_chunks(loss, weights, x, (teacher, counts), chunk, axes)
 
 
 def _output(params: Parameters) -> Any:

@@ -99,7 +99,16 @@ _looked_up.defvjp(_look_up, _add_up)
 
 def unembed(params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
     """Final norm and output head: float32 logits of any rows."""
-    x = rms_norm(x, params.final_norm, params.config.norm_eps)
+    return project(params, normed(params, x))
+
+
+def normed(params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """The final norm alone."""
+    return rms_norm(x, params.final_norm, params.config.norm_eps)
+
+
+def project(params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """The output head alone: float32 logits of rows that are normed already."""
     inner = (None,) * (x.ndim - 2)
     if math.prod(x.shape[:-1]) < x.shape[-1]:
         # Few rows: the rows go to where the head's columns of the width live, and partial logits

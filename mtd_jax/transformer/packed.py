@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.transformer import masks
-from mtd_jax.transformer.stack import Rows, rows_at
-from mtd_jax.typing import Array, Bool, Int, Leaf
+from mtd_jax.transformer.model import Parameters, embed
+from mtd_jax.transformer.stack import Rows, rows_at, train_stack
+from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 
 
 class Packed(struct.PyTreeNode):
@@ -58,3 +60,14 @@ def packed_rows(config: ModelConfig, batch: Packed) -> Rows:
     context = batch.positions + 1
     mask = masks.causal(order, order) & same
     return rows_at(config, batch.positions, batch.positions, mask, context)
+
+
+def frozen_rows(params: Parameters, batch: Packed) -> Float[Array, "B T D"]:
+    """What the last layer puts out, before the final norm, for heads that are trained on it.
+
+    Nothing of the layers is differentiated, so nothing of them is stored.
+    """
+    config, params = params.config, jax.lax.stop_gradient(params)
+    rows = packed_rows(config, batch)
+    x, _ = train_stack(config, params.blocks, embed(params, batch.tokens), rows=rows)
+    return jax.lax.stop_gradient(x)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtd_jax.decoding.adaptive import AcceptanceRates, best_size
+from mtd_jax.decoding.adaptive import AcceptanceRates, Yields, best_size, best_tree_index
+from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.methods.drafting import choose_trees
 
 SIZES = (1, 4, 8, 16)
 COSTS = (1.0, 1.3, 1.5, 1.9)
@@ -84,3 +87,47 @@ def test_rates_follow_what_happens_and_forget_it() -> None:
     for _ in range(10):
         rates = after(rates, 1, 3, 3)
     assert rate(rates, 1) > 0.95
+
+
+def test_the_tree_that_pays() -> None:
+    expected = jnp.asarray([0.0, 1.0, 1.5], jnp.float32)
+    costs = jnp.asarray([1.0, 1.5, 3.0], jnp.float32)
+    two = jnp.asarray([True, True])
+
+    def chosen(ratio: list[float], active: jax.Array = two) -> int:
+        return int(best_tree_index(expected, costs, jnp.asarray(ratio, jnp.float32), active))
+
+    assert chosen([1.0, 1.0]) == 1  # 2 / 1.5 a second, against 1 and 2.5 / 3
+    assert chosen([0.2, 0.2]) == 0
+    assert chosen([0.2, 1.0]) == 1  # 3.2 tokens of both rows in 1.5, against 2 in 1
+    assert chosen([0.2, 1.0], jnp.asarray([True, False])) == 0
+
+
+def test_yields_follow_the_text_and_forget() -> None:
+    yields = Yields.empty(2)
+    np.testing.assert_array_equal(yields.ratio(), [1.0, 1.0])
+    for _ in range(40):
+        yields = yields.after(jnp.asarray([0, 3]), jnp.asarray([1.5, 1.5], jnp.float32))
+    low, high = yields.ratio().tolist()
+    assert low < 0.15
+    assert 1.7 < high < 2.0
+    for _ in range(200):  # steps without drafts
+        yields = yields.after(jnp.asarray([0, 0]), jnp.zeros(2, jnp.float32))
+    np.testing.assert_allclose(yields.ratio(), [1.0, 1.0], atol=0.01)
+
+
+def test_trees_of_an_option() -> None:
+    measured = np.array([[0.6, 0.2, 0.1], [0.4, 0.1, 0.05]])
+    found = choose_trees("auto", 2, measured)
+    assert found.auto
+    assert found.trees[0].size == 1
+    assert [t.size for t in found.trees] == sorted({t.size for t in found.trees})
+    assert found.expected[0] == 0
+    np.testing.assert_allclose(
+        found.expected[1:], [t.expected_tokens(measured) - 1 for t in found.trees[1:]], rtol=1e-6
+    )
+    assert all(tree.is_chain for tree in choose_trees("auto", 3, None).trees)
+    assert choose_trees("chain", 2, measured).trees == (TokenTree.chain(2),)
+    assert choose_trees("3x1", 2, None).trees == (TokenTree.branching(3, 1),)
+    # Heads that were never right: nothing is drafted.
+    assert [t.size for t in choose_trees("measured", 2, np.zeros((2, 3))).trees] == [1]

@@ -11,7 +11,7 @@ import pytest
 
 from mtd_jax.training import utilization
 from mtd_jax.training.config import OptimizerConfig
-from mtd_jax.training.objective import FineTuning, weights_in_products
+from mtd_jax.training.objective import FineTuning
 from mtd_jax.training.optimizer import make_optimizer, make_schedule
 from tests.support import tiny
 
@@ -64,7 +64,7 @@ def test_flops_of_a_model_counted_by_hand() -> None:
     params = tiny.params()
     # qkv 32 x (4 + 2 * 2) * 8, out 32 x 32, MLP 3 x 32 x 48, in 3 layers; the head 32 x 97.
     products = 3 * (32 * 64 + 32 * 32 + 3 * 32 * 48) + 32 * 97
-    assert weights_in_products(params) == products
+    assert utilization.weights_in_products(params) == products
     trainable, frozen = FineTuning().split(params)
     assert FineTuning().flops(trainable, frozen) == 6 * products
     head_only = FineTuning(freeze=("embedding", "blocks", "final_norm"))

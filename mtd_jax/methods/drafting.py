@@ -1,0 +1,223 @@
+"""What methods share whose heads draft from one row: trees, adaptation, verification.
+
+The row is the last layer's output at the newest token that was verified. All drafts of a step come
+from it: a few guesses for each of the next places, which a static tree combines.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from mtd_jax import backend
+from mtd_jax.decoding.adaptive import Yields, best_tree_index
+from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
+from mtd_jax.decoding.prompt import first_state, read_prompt
+from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_pass
+from mtd_jax.decoding.tree import TokenTree, build_tree
+from mtd_jax.errors import InputError
+from mtd_jax.transformer.model import Parameters, project
+from mtd_jax.typing import Array, Bool, Float, Int, Leaf
+
+_AUTO_SIZES = (1, 4, 8, 16)
+# Medusa on Vicuna 7B (arXiv 2401.10774): what a chain may hope for before anybody has measured.
+_PUBLISHED = (0.56, 0.316, 0.201, 0.147, 0.118)
+
+
+class Trees(NamedTuple):
+    """The trees that a step may verify; fields of `RowDrafting`."""
+
+    trees: tuple[TokenTree, ...]
+    expected: np.ndarray
+    costs: np.ndarray
+    auto: bool
+
+
+class _Known(struct.PyTreeNode):
+    """What a method keeps between steps."""
+
+    guesses: Leaf
+    """[B, depth, ranks] int32: candidates for the places behind the pending token; -1 is none."""
+    row: Leaf
+    """[B, D]: the last layer's output at the token before the pending one."""
+    yields: Yields
+
+
+class RowDrafting(BaseMethod):
+    """A method whose drafts come from one row; `guesses` makes them.
+
+    Every step verifies the tree that pays, down to none, and drafts only if the next one will be
+    verified.
+    """
+
+    costs: Any
+    """[trees] float32: what a step with each tree costs, in any unit."""
+    expected: Any
+    """[trees] float32: drafts of each tree that are accepted on average."""
+    trees: tuple[TokenTree, ...] = struct.field(pytree_node=False)
+    """What a step may verify, ascending in size."""
+    acceptance: Acceptance = struct.field(pytree_node=False)
+    auto: bool = struct.field(pytree_node=False)
+    """Whether `costs` are to be measured and the tree follows from them."""
+
+    @property
+    def lossless(self) -> bool:
+        """Unless acceptance is `typical`."""
+        return self.acceptance == "exact"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows that a step may have."""
+        return tuple(tree.size for tree in self.trees)
+
+    @property
+    def depth(self) -> int:
+        """Places behind the pending token that are drafted."""
+        return max(tree.max_depth for tree in self.trees)
+
+    @property
+    def ranks(self) -> int:
+        """Guesses that are made for each place."""
+        return max(1 + int(tree.rank.max()) for tree in self.trees)
+
+    @property
+    def max_emit(self) -> int:
+        """All drafts of a path and the bonus token."""
+        return self.depth + 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """Every node takes a cache slot."""
+        return self.sizes[-1]
+
+    def guesses(
+        self, params: Parameters, row: Float[Array, "B D"], ranks: int
+    ) -> Int[Array, "B depth ranks"]:
+        """Different tokens for each place behind the one drawn from `row`, likeliest first."""
+        raise NotImplementedError
+
+    def prefill(
+        self,
+        params: Parameters,
+        tokens: Int[Array, "B P"],
+        lengths: Int[Array, " B"],
+        requests: Requests,
+        capacity: int,
+    ) -> DecodeState:
+        """Reads the prompts, draws the first token of each and drafts what follows it."""
+        last, cache = read_prompt(params, tokens, lengths, capacity)
+        known = _Known(
+            guesses=self._guessed(params, last),
+            row=last,
+            yields=Yields.empty(tokens.shape[0]),
+        )
+        return first_state(params, last, cache, tokens, requests, self.max_emit, known)
+
+    def step(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Verifies the tree that pays and drafts from the last token that was kept."""
+        before: _Known = state.extra
+        index = self._choice(before.yields, state.active)
+
+        def with_tree(tree: TokenTree) -> Any:
+            def verified(state: DecodeState) -> DecodeState:
+                known: _Known = state.extra
+                drafts = known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
+                state, seen = verify_pass(params, state, tree, drafts, acceptance=self.acceptance)
+                return state.replace(extra=known.replace(row=seen.last_row))
+
+            return verified
+
+        state = in_place_switch(index, [with_tree(tree) for tree in self.trees], state)
+        accepted = jnp.maximum(state.emitted_count - 1, 0)
+        hoped = jnp.where(state.drafted > 0, self.expected[index], 0.0)
+        yields = before.yields.after(accepted, hoped)
+        row = state.extra.row
+        wanted = jnp.bool(self.depth > 0)
+        if self.sizes[0] == 1 and len(self.sizes) > 1:
+            # Guesses for a step that verifies none would be made for nothing.
+            wanted = self._choice(yields, state.active) > 0
+            guesses = jax.lax.cond(
+                wanted,
+                lambda: self._guessed(params, row),
+                lambda: jnp.full(before.guesses.shape, -1, jnp.int32),
+            )
+        else:
+            guesses = self._guessed(params, row)
+        partial = jnp.broadcast_to(wanted.astype(jnp.int32), state.pending.shape)
+        return state.replace(extra=_Known(guesses, row, yields), partial=partial)
+
+    def _choice(self, yields: Yields, active: Bool[Array, " B"]) -> Int[Array, ""]:
+        return best_tree_index(self.expected, self.costs, yields.ratio(), active)
+
+    def _guessed(self, params: Parameters, row: Float[Array, "B D"]) -> Int[Array, "B depth ranks"]:
+        if self.depth == 0:
+            return jnp.zeros((row.shape[0], 0, 1), jnp.int32)
+        return self.guesses(params, row, min(self.ranks, params.config.vocab_size))
+
+
+def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
+    """What the option `tree` says.
+
+    Args:
+      text: `chain`: every head's best guess; `3x2x1`: children of each node by depth; `measured`:
+        the trees that emit most tokens by `accuracies`, of which steps take the one that pays;
+        `auto`: the same, or a chain of the length that pays where nothing was measured.
+      depth: places that the heads can guess.
+      accuracies: as in `TokenTree.expected_tokens`; may be deeper than the heads.
+
+    Raises:
+      InputError: another text, a tree deeper than the heads, or nothing to measure it by.
+    """
+    if text in ("auto", "measured"):
+        if accuracies is not None:
+            shares = accuracies[:depth]
+            # A later guess that seems better than the one before it is noise (`build_tree`).
+            shares = np.minimum.accumulate(shares, axis=1)
+            built = {build_tree(shares, size) for size in _AUTO_SIZES}
+            trees = tuple(sorted(built, key=lambda tree: tree.size))
+            expected = [tree.expected_tokens(shares) - 1 for tree in trees]
+        elif text == "measured":
+            raise InputError(
+                "tree=measured needs accuracies, and these heads carry none: `mtd train` measures "
+                "them where data.held_out_fraction or data.held_out puts texts aside"
+            )
+        else:
+            trees = tuple(TokenTree.chain(drafts) for drafts in range(depth + 1))
+            hopes = np.cumprod([*_PUBLISHED, *[_PUBLISHED[-1]] * depth])
+            expected = [float(hopes[: tree.size - 1].sum()) for tree in trees]
+        costs = [backend.relative_step_cost(tree.size) for tree in trees]
+        return Trees(trees, np.array(expected, np.float32), np.array(costs, np.float32), auto=True)
+    tree = TokenTree.chain(depth) if text == "chain" else _branching(text)
+    if tree.max_depth > depth:
+        raise InputError(f"tree={text} is {tree.max_depth} deep; the heads guess {depth} places")
+    ones = np.ones(1, np.float32)
+    return Trees((tree,), ones * max(tree.max_depth, 1), ones, auto=False)
+
+
+def ranked(
+    params: Parameters, rows: Float[Array, "B T D"], ranks: int, chunk: int
+) -> Int[Array, "B T ranks"]:
+    """The likeliest tokens at rows behind the final norm, `chunk` positions of logits at a time."""
+    batch, length, width = rows.shape
+    chunk = min(chunk, length)
+    parts = -(-length // chunk)
+    padded = jnp.pad(rows, ((0, 0), (0, parts * chunk - length), (0, 0)))
+
+    def of_chunk(part: jax.Array) -> jax.Array:
+        return jax.lax.top_k(project(params, part), ranks)[1].astype(jnp.int32)
+
+    found = jax.lax.map(of_chunk, padded.reshape(batch, parts, chunk, width).swapaxes(0, 1))
+    return found.swapaxes(0, 1).reshape(batch, -1, ranks)[:, :length]
+
+
+def _branching(text: str) -> TokenTree:
+    widths = text.split("x")
+    if not all(width.isdecimal() and len(width) < 5 for width in widths):
+        raise InputError(
+            f"tree must be auto, measured, chain or widths like 3x2x1, got '{text[:40]}'"
+        )
+    return TokenTree.branching(*map(int, widths))

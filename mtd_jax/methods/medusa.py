@@ -1,0 +1,237 @@
+"""Medusa (arXiv 2401.10774): heads on the last layer guess the tokens behind the next one.
+
+Head i (from 0) reads the normed output h of the last layer at position n and guesses token
+n + i + 2; the base itself says n + 1:
+
+    h_i = h + SiLU(h W_i + b_i)        W_i, b_i begin at zero
+    p_i = softmax(h_i O)               O: the base's output head, or a matrix of the head's own
+
+Trained as Medusa-1: the base is frozen, the loss is sum_i decay^i mean_n L_i(n).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.nn import initializers
+
+from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.heads import HeadsSpec
+from mtd_jax.decoding.speculative import Acceptance
+from mtd_jax.errors import InputError
+from mtd_jax.methods.drafting import RowDrafting, choose_trees, ranked
+from mtd_jax.parameters import Weight, size_in_bytes
+from mtd_jax.transformer.linear import contract
+from mtd_jax.transformer.losses import Totals, cross_entropy, divergence
+from mtd_jax.transformer.model import Parameters, declare, normed, project
+from mtd_jax.transformer.packed import Packed, frozen_rows
+from mtd_jax.typing import Array, Float, Int
+
+_MOST_HEADS = 16
+
+
+class MedusaWeights(struct.PyTreeNode):
+    """What is trained."""
+
+    weight: Any
+    """[D, k, D]: W_i is `weight[:, i]`. One wide product makes the rows of all heads; as a batch
+    axis of the product the heads would take XLA for CPU eight times as long."""
+    bias: Any
+    """[k, D]"""
+    output: Any
+    """Tuple: of each head a matrix [D, V]; none where they share the base's."""
+
+    def rows(self, h: Float[Array, "*rows D"]) -> Float[Array, "*rows k D"]:
+        """What each head makes of the normed output of the last layer."""
+        wide, narrow = self.bias.shape
+        product = contract("...D,DE->...E", h, self.weight.astype(h.dtype).reshape(narrow, -1))
+        product = product.reshape(*h.shape[:-1], wide, narrow)
+        bias = self.bias.astype(h.dtype).reshape((1,) * (h.ndim - 1) + (wide, narrow))
+        return h[..., None, :] + jax.nn.silu(product + bias)
+
+    def head(self, base: Parameters, i: int) -> Parameters:
+        """The base with the output matrix that head i reads."""
+        if not self.output:
+            return base
+        config = dataclasses.replace(base.config, tie_embeddings=False)
+        own = self.output[i].astype(base.embedding.dtype)
+        return base.replace(head=own, config=config)
+
+    def first(self, count: int) -> MedusaWeights:
+        """The heads of the first `count` places."""
+        if count == self.bias.shape[0]:
+            return self
+        return MedusaWeights(self.weight[:, :count], self.bias[:count], self.output[:count])
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaSpec(HeadsSpec):
+    """Options of Medusa that say what is trained, and how.
+
+    Raises:
+      InputError: a value outside its range.
+    """
+
+    count: int = 3
+    """k: heads, each for one more place behind the next token."""
+    own_output: bool = False
+    """Each head has an output matrix of its own, which begins as the base's (as published). By
+    default all share the base's: a thirtieth of the size for a small model."""
+    loss: Literal["cross_entropy", "distillation"] = "distillation"
+    """`cross_entropy` with the text, or `distillation`: the divergence from what the base itself
+    says at that place, KL(p_base(. | x_<=n+i+1) || p_i(. | x_<=n))."""
+    decay: float = 0.8
+    """Weight of a head's loss against that of the head before it."""
+
+    name: ClassVar[str] = "medusa"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= _MOST_HEADS:
+            raise InputError(f"count must be between 1 and {_MOST_HEADS}, got {self.count}")
+        if not 0.0 < self.decay <= 1.0:
+            raise InputError(f"decay must be over 0 and at most 1, got {self.decay}")
+
+    @property
+    def depth(self) -> int:
+        """Every head guesses one place."""
+        return self.count
+
+    def declare(self, config: ModelConfig) -> MedusaWeights:
+        """`Weight`s; zeros make a head of the base's own guess."""
+        width, vocab = config.hidden_size, config.vocab_size
+        zeros = initializers.zeros
+        output = Weight((width, vocab), ("embed", "vocab"), zeros)
+        return MedusaWeights(
+            weight=Weight((width, self.count, width), ("embed", None, None), zeros),
+            bias=Weight((self.count, width), (None, None), zeros),
+            output=tuple(output for _ in range(self.count)) if self.own_output else (),
+        )
+
+    def initial(self, base: Parameters, key: jax.Array) -> MedusaWeights:
+        """Zeros, and copies of the base's output head."""
+        del key
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), self.declare(base.config))
+        if not self.own_output:
+            return zeros
+        head = base.embedding.T if base.head is None else base.head
+        own = [head.astype(jnp.float32) for _ in range(self.count)]
+        return zeros.replace(output=tuple(own))
+
+    def counts(self, batch: Packed) -> Totals:
+        """Tokens to guess, for each head and in all."""
+        each = [batch.targets(i + 2)[1].sum(dtype=jnp.float32) for i in range(self.count)]
+        return {"loss": sum(each[1:], each[0]), **{_count(i): n for i, n in enumerate(each)}}
+
+    def training_loss(
+        self,
+        weights: MedusaWeights,
+        base: Parameters,
+        batch: Packed,
+        counts: Totals,
+        *,
+        chunk: int,
+    ) -> tuple[jax.Array, Totals]:
+        """sum_i decay^i mean_n L_i(n), and how often each head's best guess is right."""
+        base = jax.lax.stop_gradient(base)
+        h = normed(base, frozen_rows(base, batch))
+        rows = weights.rows(h)
+        loss, measured = jnp.float32(0), {}
+        for i in range(self.count):
+            targets, wanted = batch.targets(i + 2)
+            reader = weights.head(base, i)
+            if self.loss == "distillation":
+                teacher = jnp.pad(h[:, i + 1 :], ((0, 0), (0, min(i + 1, h.shape[1])), (0, 0)))
+                found = divergence(
+                    reader,
+                    rows[..., i, :],
+                    teacher,
+                    wanted,
+                    chunk=chunk,
+                    normed=True,
+                    base=base if self.own_output else None,
+                )
+            else:
+                found = cross_entropy(
+                    reader, rows[..., i, :], targets, wanted, chunk=chunk, normed=True
+                )
+            share = jnp.maximum(counts[_count(i)], 1.0)
+            loss = loss + self.decay**i * found["loss"] / share
+            measured[f"accuracy_{i + 1}"] = found["right"] / share
+        return loss, {"loss": loss, **measured}
+
+    def guesses(
+        self, weights: MedusaWeights, base: Parameters, batch: Packed, ranks: int, *, chunk: int
+    ) -> tuple[Int[Array, "B T"], Int[Array, "B T k ranks"]]:
+        """Of every position, as `HeadsSpec.guesses` says."""
+        h = normed(base, frozen_rows(base, batch))
+        rows = weights.rows(h)
+        heads = [
+            ranked(weights.head(base, i), rows[..., i, :], ranks, chunk) for i in range(self.count)
+        ]
+        return ranked(base, h, 1, chunk)[..., 0], jnp.stack(heads, axis=2)
+
+    def flops(self, config: ModelConfig) -> float:
+        """2 for each weight forward, 2 for its gradient, 2 for the row's where that is wanted."""
+        weight = math.prod(self.declare(config).weight.shape)
+        output = config.hidden_size * config.vocab_size * self.count
+        return 4.0 * weight + (6.0 if self.own_output else 4.0) * output
+
+
+class Medusa(RowDrafting):
+    """See the module's docstring; made by `methods.medusa`."""
+
+    weights: MedusaWeights
+
+    name: ClassVar[str] = MedusaSpec.name
+
+    def partial_bytes(self, params: Parameters) -> int:
+        """The heads and what they read with, once for all drafts of a step."""
+        output = declare(params.config).embedding
+        shared = 0 if self.weights.output else math.prod(output.shape) * params.embedding.itemsize
+        return size_in_bytes(self.weights) + shared
+
+    def guesses(
+        self, params: Parameters, row: Float[Array, "B D"], ranks: int
+    ) -> Int[Array, "B depth ranks"]:
+        """The likeliest tokens of every head."""
+        logits = self.logits(params, row)
+        return jax.lax.top_k(logits, ranks)[1].astype(jnp.int32)
+
+    def logits(self, params: Parameters, row: Float[Array, "B D"]) -> Float[Array, "B k V"]:
+        """Float32 logits of every head from the last layer's output."""
+        rows = self.weights.rows(normed(params, row))
+        if not self.weights.output:
+            return project(params, rows)
+        own = [project(self.weights.head(params, i), rows[:, i]) for i in range(rows.shape[1])]
+        return jnp.stack(own, axis=1)
+
+
+def make(
+    spec: MedusaSpec,
+    weights: MedusaWeights,
+    accuracies: Any,
+    *,
+    tree: str = "auto",
+    acceptance: Acceptance = "exact",
+) -> Medusa:
+    """The method with these weights; `methods.medusa` says what the options mean."""
+    trees = choose_trees(tree, spec.depth, accuracies)
+    depth = max(1, *(t.max_depth for t in trees.trees))
+    return Medusa(
+        costs=jnp.asarray(trees.costs),
+        expected=jnp.asarray(trees.expected),
+        trees=trees.trees,
+        acceptance=acceptance,
+        auto=trees.auto,
+        weights=weights.first(depth),
+    )
+
+
+def _count(i: int) -> str:
+    """The name under which the tokens for head i are counted."""
+    return f"head_{i + 1}"
