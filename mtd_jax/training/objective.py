@@ -113,9 +113,16 @@ class FineTuning:
         return loss, {"loss": loss, "accuracy": totals["right"] / share}
 
     def flops(self, trainable: Any, frozen: Any) -> float:
-        """All products forward and for the rows' gradients; trained ones for the weights'."""
-        every = weights_in_products(joined(trainable, frozen))
-        return 4.0 * every + 2.0 * weights_in_products(trainable)
+        """All products forward, those with trained weights for these, and some for the rows.
+
+        Gradients of rows are made down to the first trained weight, where the backward pass ends.
+        """
+        params = joined(trainable, frozen)
+        every = weights_in_products(params)
+        above = every if reaches_layers(trainable) else 0
+        if not above and trainable.final_norm is not None:
+            above = math.prod((params.embedding if params.head is None else params.head).shape)
+        return 2.0 * (every + above + weights_in_products(trainable))
 
     def decoder(self, trainable: Any, frozen: Any) -> tuple[Parameters, Method]:
         """Plain decoding."""
@@ -141,6 +148,12 @@ def joined(trainable: Any, frozen: Any) -> Any:
     return jax.tree.map(
         lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None
     )
+
+
+def reaches_layers(trainable: Any) -> bool:
+    """Whether the backward pass goes through the layers: a weight in or below them is trained."""
+    paths, _, _ = _named_leaves(trainable)
+    return any(not {"blocks", "embedding"}.isdisjoint(path.split(".")) for path in paths)
 
 
 def weights_in_products(params: Parameters) -> int:
