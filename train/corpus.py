@@ -12,8 +12,8 @@ which takes only what is already there. OUT gets
     manifest.json   sources with licences, versions and counts; checksums; how it was made
 
 Packages are downloaded once, into --downloads, with pip and (on Debian) apt; what cannot be had may
-be put there by hand or left out with --skip. BIG-bench is not among them: each of its files says
-that it should never appear in training corpora.
+be put there by hand or left out with --skip. BIG-bench is not among them: it asks that its data
+never appear in training corpora.
 
 The same sources and seed give the same bytes. Documents that say the same but for case, spaces and
 punctuation are one document, and what a document says decides whether it is held out, so nothing
