@@ -47,6 +47,15 @@ def relative_step_cost(rows: int) -> float:
     return 1.0 + 0.003 * (rows - 1)
 
 
+def reads_prompts_alone() -> bool:
+    """Whether the prompts of a batch are read one after another, in small chunks.
+
+    A CPU is bound by arithmetic from some 64 rows on. Reading prompts of different lengths side by
+    side brings it nothing, and pads each of them to the longest one's bucket.
+    """
+    return jax.default_backend() == "cpu"
+
+
 def release_programs() -> bool:
     """Forgets all compiled programs if the process comes near the limit of its memory maps.
 

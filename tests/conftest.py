@@ -4,15 +4,22 @@ The environment is set before JAX is imported; child processes inherit it. jaxty
 are switched on by `--jaxtyping-packages` in pyproject.toml; hence nothing here imports `mtd_jax`.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 DEVICES = 8
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time of the tests was LLVM's, optimising programs that run a few times on tiny shapes;
+# without that they take 0.6 of it. What XLA makes of a program, its memory and its products are the
+# same. Commands in processes of their own (`command_line.environment`) are optimised as for users.
 # Eight devices on two cores: a collective may wait long for a device whose thread is not scheduled.
 # XLA ends the process after 40 seconds of that; here only pytest's limit counts.
 os.environ["XLA_FLAGS"] = " ".join(
     [
+        "--xla_backend_optimization_level=0",
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={DEVICES}",
         "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
@@ -26,6 +33,11 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
+# One cache for the workers of a run and for the commands that they start: most runs of a training
+# test compile what another has compiled. It begins empty, so that no run depends on another.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["MTD_CACHE_DIR"] = tempfile.mkdtemp(prefix="mtd-tests-")
+    atexit.register(shutil.rmtree, os.environ["MTD_CACHE_DIR"], ignore_errors=True)
 
 from collections.abc import Iterator  # noqa: E402  (after the environment)
 
@@ -41,6 +53,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 # One program at a time: two in flight can each hold threads that the other's collectives wait for.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["MTD_CACHE_DIR"], "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # The same examples in every run; compilation makes single examples slow, so there is no deadline.
 settings.register_profile("deterministic", derandomize=True, deadline=None)

@@ -1,9 +1,9 @@
 """The recipes' own corpus and prompts, from sources that a machine can be given without a login.
 
-    python -m train.corpus --out corpus --gsm8k gsm8k_train.jsonl --skip bigbench
+    python -m train.corpus --out corpus --gsm8k gsm8k_train.jsonl
     python -m train.corpus --out corpus-small --size small --offline
 
-Instructions, conversations, maths, code and prose: about 50 M tokens, or 1 M with `--size small`,
+Conversations, maths, code and prose: about 50 M tokens, or 1 M with `--size small`,
 which takes only what is already there. OUT gets
 
     train.jsonl     {"id", "source", "messages": [{"role", "content"}, ...]}, or "text" for these
@@ -11,8 +11,9 @@ which takes only what is already there. OUT gets
     prompts.jsonl   user turns for `mtd distill-data`
     manifest.json   sources with licences, versions and counts; checksums; how it was made
 
-Packages are downloaded once, into --downloads. `bigbench`, the largest, is refused by newer pip for
-what its metadata says: put its sdist there by hand, or leave it out with `--skip bigbench`.
+Packages are downloaded once, into --downloads, with pip and (on Debian) apt; what cannot be had may
+be put there by hand or left out with --skip. BIG-bench is not among them: it asks that its data
+never appear in training corpora.
 
 The same sources and seed give the same bytes. Documents that say the same but for case, spaces and
 punctuation are one document, and what a document says decides whether it is held out, so nothing

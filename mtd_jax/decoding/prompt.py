@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mtd_jax import backend
 from mtd_jax.decoding.method import DecodeState, Requests, Tally
 from mtd_jax.decoding.penalties import History, penalized
 from mtd_jax.decoding.sampling import sample
@@ -18,6 +19,9 @@ from mtd_jax.typing import Array, Float, Int
 CHUNK = 512
 """Prompt rows that pass the model at once: enough to be bound by arithmetic, few enough that the
 scores [B, N, CHUNK, S] of one layer stay small whatever the prompt's length."""
+
+_CHUNK_ALONE = 64
+"""The same where prompts are read one after another (`backend.reads_prompts_alone`)."""
 
 _SMALLEST_BUCKET = 16
 
@@ -36,13 +40,16 @@ def read_prompt(
     lengths: Int[Array, " B"],
     capacity: int,
     extend: Callable[..., tuple[jax.Array, KVCache]] = extend,
+    **by_row: Array,
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Runs the prompts through the model, a chunk at a time.
 
-    Chunks beyond the longest prompt are not run, so a bucket costs no more than what is in it.
+    Chunks beyond the longest prompt are not run, so a bucket costs no more than what is in it. On a
+    CPU a batch costs no more than its prompts one by one.
 
     Args:
       extend: how rows pass the layers: `model.extend`, or what a method has in its place.
+      by_row: arrays [B, ...] that it takes beside the others.
 
     Returns:
       the last layer's output at each prompt's last token, and the cache holding `lengths` tokens.
@@ -50,10 +57,45 @@ def read_prompt(
     batch, padded = tokens.shape
     if padded > capacity:
         raise ValueError(f"a prompt of {padded} rows does not fit a cache of {capacity} slots")
-    size = min(padded, CHUNK)
+    # On a mesh the rows lie on different devices, which read theirs at the same time.
+    alone = backend.reads_prompts_alone() and jax.sharding.get_abstract_mesh().empty
+    size = min(padded, _CHUNK_ALONE if alone else CHUNK)
     # Whole chunks only: a slice that sticks out would be clamped and read other tokens.
     tokens = jnp.pad(tokens, ((0, 0), (0, -padded % size)))
     cache = KVCache.empty(params.config, batch, capacity, params.embedding.dtype)
+    if not alone or batch == 1:
+        last, cache = _read_chunks(params, cache, tokens, lengths, size, extend, by_row)
+        return last, cache.replace(length=lengths)
+
+    def read(b: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        last, cache = carry
+
+        def row(x: jax.Array, axis: int = 0) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, b, 1, axis)
+
+        mine = KVCache(k=row(cache.k, 1), v=row(cache.v, 1), length=row(cache.length))
+        others = {name: row(x) for name, x in by_row.items()}
+        found, mine = _read_chunks(params, mine, row(tokens), row(lengths), size, extend, others)
+        place = jax.lax.dynamic_update_slice_in_dim
+        cache = cache.replace(k=place(cache.k, mine.k, b, 1), v=place(cache.v, mine.v, b, 1))
+        return place(last, found, b, 0), cache
+
+    last = jnp.zeros((batch, params.config.hidden_size), params.embedding.dtype)
+    last, cache = jax.lax.fori_loop(jnp.int32(0), jnp.int32(batch), read, (last, cache))
+    return last, cache.replace(length=lengths)
+
+
+def _read_chunks(
+    params: Parameters,
+    cache: KVCache,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    size: int,
+    extend: Callable[..., tuple[jax.Array, KVCache]],
+    by_row: Mapping[str, Array],
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """`read_prompt` for rows side by side, `size` of their tokens at a time."""
+    batch = tokens.shape[0]
     context = jnp.broadcast_to(lengths[:, None], (batch, size))
 
     def read(i: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
@@ -61,7 +103,7 @@ def read_prompt(
         start = i * size
         chunk = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         cache = cache.replace(length=jnp.full(batch, start, jnp.int32))
-        x, cache = extend(params, cache, chunk, context=context)
+        x, cache = extend(params, cache, chunk, context=context, **by_row)
         row = lengths - 1 - start
         here = (row >= 0) & (row < size)
         found = jnp.take_along_axis(x, jnp.clip(row, 0, size - 1)[:, None, None], axis=1)[:, 0]
@@ -69,8 +111,7 @@ def read_prompt(
 
     last = jnp.zeros((batch, params.config.hidden_size), params.embedding.dtype)
     chunks = (jnp.max(lengths) + size - 1) // size
-    last, cache = jax.lax.fori_loop(jnp.int32(0), chunks, read, (last, cache))
-    return last, cache.replace(length=lengths)
+    return jax.lax.fori_loop(jnp.int32(0), chunks, read, (last, cache))
 
 
 def first_state(

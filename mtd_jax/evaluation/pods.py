@@ -32,6 +32,7 @@ from mtd_jax.sharding import RULES, make_mesh, partition
 from mtd_jax.training import utilization
 from mtd_jax.training.config import TrainConfig
 from mtd_jax.training.devices import share_of_rows, training_mesh
+from mtd_jax.training.objective import reaches_layers
 from mtd_jax.training.plan import abstract_parameters, abstract_step, compile_step
 from mtd_jax.training.step import Trainer
 from mtd_jax.transformer.model import Parameters, declare
@@ -128,7 +129,8 @@ def train_step(config: TrainConfig, model: ModelConfig, topology: Topology) -> C
     tokens = config.data.batch_size * config.data.length
     seen = (config.data.length + 1) / 2
     operations = trainer.objective.flops(state.trainable, frozen)
-    operations += utilization.attention_flops(model, seen)
+    backward = reaches_layers(state.trainable)
+    operations += utilization.attention_flops(model, seen, backward=backward)
     return _examined(
         "train step",
         lambda: compile_step(config, model, trainer, mesh),

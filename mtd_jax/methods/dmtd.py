@@ -206,7 +206,12 @@ class DMTD(BaseMethod):
             cycle = jnp.where(requests.cycle > 0, requests.cycle, cycle)
 
         def in_cycles(
-            params: Parameters, cache: KVCache, tokens: jax.Array, *, context: jax.Array
+            params: Parameters,
+            cache: KVCache,
+            tokens: jax.Array,
+            *,
+            context: jax.Array,
+            cycle: jax.Array,
         ) -> tuple[jax.Array, KVCache]:
             order = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
             places = (cache.length[:, None] + order) % cycle[:, None]
@@ -216,7 +221,7 @@ class DMTD(BaseMethod):
         if self.groups(config).anchor == "prompt":
             last, cache = read_prompt(params, tokens, lengths, capacity)
         else:
-            last, cache = read_prompt(params, tokens, lengths, capacity, in_cycles)
+            last, cache = read_prompt(params, tokens, lengths, capacity, in_cycles, cycle=cycle)
         waiting = jnp.zeros((batch, self.cycle, config.hidden_size), params.embedding.dtype)
         extra = _Refill(waiting=waiting, middle_length=lengths, cycle=cycle)
         return first_state(params, last, cache, tokens, requests, self.max_emit, extra)

@@ -28,6 +28,7 @@ from mtd_jax.training.devices import (
 )
 from mtd_jax.training.evaluate import Decoding, HeldOut
 from mtd_jax.training.log import RunLog, read_log
+from mtd_jax.training.objective import reaches_layers
 from mtd_jax.training.preemption import StopRequest
 from mtd_jax.training.rows import Rows
 from mtd_jax.training.step import Trainer, TrainState
@@ -269,7 +270,9 @@ def flops_per_token(run: Run, trainable: Any, frozen: Any) -> float:
     # From all over: first-fit leaves the small pieces to the first rows.
     rows = range(0, len(run.train), max(1, len(run.train) // _SAMPLED_ROWS))
     segments = np.stack([run.train[i].segments for i in rows])
-    attention = utilization.attention_flops(run.model, utilization.keys_seen(segments))
+    attention = utilization.attention_flops(
+        run.model, utilization.keys_seen(segments), backward=reaches_layers(trainable)
+    )
     return run.trainer.objective.flops(trainable, frozen) + attention
 
 

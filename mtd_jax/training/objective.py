@@ -7,6 +7,7 @@ come in two trees, trainable and frozen, and only the first is differentiated.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -132,9 +133,16 @@ class FineTuning:
         return loss, {"loss": loss, "accuracy": totals["right"] / share, **alone}
 
     def flops(self, trainable: Any, frozen: Any) -> float:
-        """All products forward and for the rows' gradients; trained ones for the weights'."""
-        every = weights_in_products(joined(trainable, frozen))
-        return 4.0 * every + 2.0 * weights_in_products(trainable)
+        """All products forward, those with trained weights for these, and some for the rows.
+
+        Gradients of rows are made down to the first trained weight, where the backward pass ends.
+        """
+        params = joined(trainable, frozen)
+        every = weights_in_products(params)
+        above = every if reaches_layers(trainable) else 0
+        if not above and trainable.final_norm is not None:
+            above = math.prod((params.embedding if params.head is None else params.head).shape)
+        return 2.0 * (every + above + weights_in_products(trainable))
 
     def decoder(self, trainable: Any, frozen: Any) -> tuple[Parameters, Method]:
         """Plain decoding."""
@@ -228,6 +236,12 @@ def _fine_tuning(config: TrainConfig) -> Objective:
         raise unknown_name(f"option of {config.method}", name, ())
     memory = config.memory
     return FineTuning(freeze=config.freeze, remat=memory.remat, chunk=memory.loss_chunk)
+
+
+def reaches_layers(trainable: Any) -> bool:
+    """Whether the backward pass goes through the layers: a weight in or below them is trained."""
+    paths, _, _ = _named_leaves(trainable)
+    return any(not {"blocks", "embedding"}.isdisjoint(path.split(".")) for path in paths)
 
 
 def _heads(config: TrainConfig) -> Objective:

@@ -9,6 +9,7 @@ do padding tokens.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from typing import Any
@@ -31,8 +32,12 @@ _PEAK_BFLOAT16 = {
     "TPU v6e": 918e12,
     "TPU7x": 2307e12,
     "NVIDIA A100": 312e12,
+    # The cards for a slot have fewer cores or lower clocks than those on a board (SXM).
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
 }
 _SIZE = 2048
 
@@ -49,9 +54,15 @@ def weights_in_products(params: Parameters) -> int:
     return sum(math.prod(x.shape) for x in matrices if x is not None)
 
 
-def attention_flops(config: ModelConfig, keys_seen: float) -> float:
-    """Operations a token for scores and values, forward and backward."""
-    return 12.0 * config.num_layers * config.num_heads * config.head_dim * keys_seen
+def attention_flops(config: ModelConfig, keys_seen: float, *, backward: bool = True) -> float:
+    """Operations a token for scores and values, forward and, if it is run, backward."""
+    return (
+        (12.0 if backward else 4.0)
+        * config.num_layers
+        * config.num_heads
+        * config.head_dim
+        * keys_seen
+    )
 
 
 def keys_seen(segments: np.ndarray) -> float:
@@ -79,7 +90,9 @@ def peak_flops(device: jax.Device) -> float:
     return _measured() / (jax.local_device_count() if device.platform == "cpu" else 1)
 
 
+@functools.cache
 def _measured() -> float:
+    """Once in a process: five products of this size take a second of two CPU cores."""
     dtype: Any = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     x = jnp.ones((_SIZE, _SIZE), dtype)
     product = jax.jit(jnp.matmul)

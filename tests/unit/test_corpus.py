@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-import io
 import json
+import shutil
 import subprocess
 import sysconfig
-import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,21 +169,40 @@ def test_code_and_prose_become_questions() -> None:
     assert list(prompts_of(_talk("x", "y" * (LONGEST + 1)))) == []
 
 
-def _sdist(path: Path, files: dict[str, str]) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
+def _wheel(path: Path, files: dict[str, str]) -> Path:
+    with zipfile.ZipFile(path, "w") as wheel:
         for name, text in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(text.encode())
-            archive.addfile(info, io.BytesIO(text.encode()))
+            wheel.writestr(name, text)
     return path
+
+
+@pytest.fixture
+def debian(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
+    """Makes Debian packages of files, named below /usr/share."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("there is no dpkg-deb here")
+
+    def make(files: dict[str, bytes]) -> Path:
+        tree = tmp_path / "tree"
+        control = "Package: x-doc\nVersion: 1:2-3\nArchitecture: all\nDescription: x\n"
+        control += "Maintainer: Nobody <nobody@example.org>\n"
+        for name, data in {"DEBIAN/control": control.encode(), **files}.items():
+            path = tree / (name if name.startswith("DEBIAN") else f"usr/share/{name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        path = tmp_path / "x-doc_1%3a2-3_all.deb"
+        command = ["dpkg-deb", "--root-owner-group", "--build", str(tree), str(path)]
+        subprocess.run(command, check=True, capture_output=True)
+        return path
+
+    return make
 
 
 def test_conversations_are_merged_into_turns(tmp_path: Path) -> None:
     says = [("a", "Hello"), ("b", "Hi"), ("b", "there"), ("a", "So?"), ("b", "Fine"), ("a", "Bye")]
     value = {"x": {"messages": [[{"sender": s, "text": t}] for s, t in says]}}
     path = tmp_path / "chitchat_dataset-0.9.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr("chitchat_dataset/dataset.json", json.dumps(value))
+    _wheel(path, {"chitchat_dataset/dataset.json": json.dumps(value)})
     (document,) = readers.chitchat(path)
     turns = [(m["role"], m["content"]) for m in document.messages]
     assert turns == [
@@ -215,27 +234,95 @@ def test_gsm8k_is_its_training_half(tmp_path: Path) -> None:
         list(readers.gsm8k(path))
 
 
-def test_tasks_with_targets_or_scores(tmp_path: Path) -> None:
-    """The two ways in which a BIG-bench task gives its answers."""
-    tasks = {
-        "one/task.json": [{"input": "Add 1 and 1.", "target": ["2", "two"]}],
-        "two/task.json": [{"input": "Is it so?", "target_scores": {"no": 0, "yes": 1}}],
-        "none/task.json": [{"input": "Nothing?", "target": ""}],
+def test_a_package_without_tests_and_generated_files(tmp_path: Path) -> None:
+    text = "# a module that is long enough to be worth reading\n" * 9
+    files = {
+        "pack/core.py": text,
+        "pack/tests/test_core.py": text,
+        "pack/modeling.py": f"# This file was automatically generated from modular.py.\n{text}",
+        "pack/late.py": f"{text}\n\n{text}\n# automatically generated is said too late\n",
+        "pack/short.py": "x = 1\n",
+        "pack/data.json": text,
     }
-    place = "bigbench-1.0.0/bigbench/benchmark_tasks/natural_instructions/"
-    files = {place + name: json.dumps({"examples": value}) for name, value in tasks.items()}
-    path = _sdist(tmp_path / "bigbench-1.0.0.tar.gz", {**files, "bigbench-1.0.0/LICENSE": "x"})
-    found = {d.id: [m["content"] for m in d.messages] for d in readers.natural_instructions(path)}
-    assert found == {"one/0": ["Add 1 and 1.", "2"], "two/0": ["Is it so?", "yes"]}
+    path = _wheel(tmp_path / "pack-1.0-py3-none-any.whl", files)
+    assert [d.id for d in readers.python_package(path)] == ["pack/core.py", "pack/late.py"]
+
+
+PARAGRAPH = b"Words about something that goes on for a while, as prose does. " * 5
+
+
+@pytest.mark.parametrize(
+    ("read", "files", "found"),
+    [
+        (
+            readers.sphinx_docs,
+            {
+                "doc/x/html/_sources/a.rst.txt": PARAGRAPH,
+                "doc/x/html/_sources/b.rst.txt": b"short",
+                "doc/x/html/a.html": PARAGRAPH,
+                "doc/y/rst/c.rst": PARAGRAPH + b".",
+            },
+            {"x/html/_sources/a.rst.txt", "y/rst/c.rst"},
+        ),
+        (
+            readers.linux_docs,
+            {
+                "doc/linux-doc/Documentation/a.rst.gz": gzip.compress(PARAGRAPH),
+                "doc/linux-doc/Documentation/translations/b.rst.gz": gzip.compress(PARAGRAPH),
+            },
+            {"linux-doc/Documentation/a.rst.gz"},
+        ),
+        (
+            readers.perl_docs,
+            {"perl/5.36.0/pod/perlintro.pod": PARAGRAPH, "perl/5.36.0/strict.pm": PARAGRAPH},
+            {"perl/5.36.0/pod/perlintro.pod"},
+        ),
+        (
+            readers.git_docs,
+            {"doc/git-doc/git-add.txt": PARAGRAPH, "doc/git-doc/git-add.html": PARAGRAPH},
+            {"git-doc/git-add.txt"},
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_manuals_of_debian(
+    debian: Callable[[dict[str, bytes]], Path],
+    read: Callable[[Path], Iterator[Document]],
+    files: dict[str, bytes],
+    found: set[str],
+) -> None:
+    documents = list(read(debian(files)))
+    assert {d.id for d in documents} == found
+    assert all(d.text.startswith("Words about something") for d in documents)
+
+
+def test_pages_of_a_manual(debian: Callable[[dict[str, bytes]], Path]) -> None:
+    """As DocBook writes them: a bar above, paragraphs broken anywhere, code in its lines."""
+    page = (
+        '<?xml version="1.0"?><html><head><title>VACUUM</title><style>p {}</style></head><body>'
+        '<div class="navheader"><div>Prev</div><a>Up</a></div><div class="refentry"><h2>Synopsis'
+        '</h2><pre class="synopsis">\nVACUUM [ <em>option</em> ]\n\n  FULL &lt;x&gt;\n</pre><p>\n'
+        f"   <code>VACUUM</code> reclaims\n   storage.<br />{PARAGRAPH.decode()}\n  </p></div>"
+        '<div class="navfooter"><hr />Next</div></body></html>'
+    )
+    path = debian({"doc/postgresql-doc-15/html/sql-vacuum.html": page.encode()})
+    (document,) = readers.postgresql_docs(path)
+    assert document.id == "postgresql-doc-15/html/sql-vacuum.html"
+    assert document.text == (
+        "Synopsis\n\nVACUUM [ option ]\n\n  FULL <x>\n\n"
+        f"VACUUM reclaims storage. {PARAGRAPH.decode().strip()}"
+    )
 
 
 def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "bigbench-1.0.0.tar.gz"
-    path.write_bytes(b"not a tar file")
-    with pytest.raises(InputError, match="is damaged"):
-        list(readers.xsum(path))
-    with pytest.raises(InputError, match="holds no"):
-        list(readers.xsum(_sdist(path, {"bigbench-1.0.0/README.md": "none"})))
+    for name in ("x-1.0-py3-none-any.whl", "x-doc_1_all.deb"):
+        path = tmp_path / name
+        path.write_bytes(b"no archive")
+        with pytest.raises(InputError, match="is damaged"):
+            list(readers.python_package(path))
+    path = _wheel(tmp_path / "y-1.0-py3-none-any.whl", {"README.md": "none"})
+    with pytest.raises(InputError, match=r"holds no \*\.py"):
+        list(readers.python_package(path))
 
 
 @pytest.fixture
@@ -258,15 +345,15 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "--out",
         str(tmp_path / "out"),
     ]
-    with pytest.raises(InputError, match=r"cannot have natural_.*no bigbench.*--skip natural"):
+    with pytest.raises(InputError, match=r"cannot have chitchat.*no chitchat.*--skip chitchat"):
         corpus.main(place)
     others = [s.name for s in sources.SOURCES if s.name not in ("python_stdlib", "gsm8k")]
     with pytest.raises(InputError, match="cannot have gsm8k: give its training half with --gsm8k"):
         corpus.main([*place, "--skip", *others])
     with pytest.raises(InputError, match=r"unknown source 'gsm'.*gsm8k"):
         corpus.main([*place, "--skip", "gsm"])
-    with pytest.raises(InputError, match="cannot have chitchat"):
-        corpus.main([*place, "--skip", "bigbench"])  # a package with several sources
+    with pytest.raises(InputError, match="cannot have gsm8k"):
+        corpus.main([*place, "--skip", "chitchat-dataset"])  # by its package
     with pytest.raises(InputError, match="share from 0 to 1"):
         corpus.main([*place, "--held-out", "1"])
     assert not (tmp_path / "out").exists()
@@ -300,3 +387,9 @@ def test_a_download_that_fails_leaves_nothing(
     assert (found.version, found.path.read_bytes()) == ("0.9.0", b"whole")
     monkeypatch.setattr(subprocess, "run", fails)  # now it is there
     assert sources.locate(source, tmp_path / "downloads", None, offline=False) == found
+
+
+def test_the_version_of_a_debian_package(tmp_path: Path) -> None:
+    (tmp_path / "git-doc_1%3a2.39.5-0_all.deb").touch()
+    (source,) = (s for s in sources.SOURCES if s.name == "git_docs")
+    assert sources.locate(source, tmp_path, None, offline=True).version == "1:2.39.5-0"

@@ -11,7 +11,7 @@ import pytest
 
 from mtd_jax.training import utilization
 from mtd_jax.training.config import OptimizerConfig
-from mtd_jax.training.objective import FineTuning
+from mtd_jax.training.objective import FineTuning, reaches_layers
 from mtd_jax.training.optimizer import make_optimizer, make_schedule
 from tests.support import tiny
 
@@ -68,7 +68,19 @@ def test_flops_of_a_model_counted_by_hand() -> None:
     trainable, frozen = FineTuning().split(params)
     assert FineTuning().flops(trainable, frozen) == 6 * products
     head_only = FineTuning(freeze=("embedding", "blocks", "final_norm"))
-    assert head_only.flops(*head_only.split(params)) == 4 * products + 2 * 32 * 97
+    # Below the only trained weight no gradient is made, of rows neither.
+    assert head_only.flops(*head_only.split(params)) == 2 * products + 2 * 32 * 97
+    with_norm = FineTuning(freeze=("embedding", "blocks"))
+    assert with_norm.flops(*with_norm.split(params)) == 2 * products + 4 * 32 * 97
+    down = FineTuning(freeze=("embedding", "blocks.qkv", "head"))
+    trained = products - 3 * 32 * 64 - 32 * 97
+    assert down.flops(*down.split(params)) == 4 * products + 2 * trained
+    assert [reaches_layers(o.split(params)[0]) for o in (head_only, with_norm, down)] == [
+        False,
+        False,
+        True,
+    ]
+    assert utilization.attention_flops(params.config, 10.0, backward=False) == 4 * 3 * 4 * 8 * 10
     assert utilization.attention_flops(params.config, 10.0) == 12 * 3 * 4 * 8 * 10
 
 
@@ -82,5 +94,7 @@ def test_peaks() -> None:
     assert utilization.peak_of("TPU v5 lite") == 197e12
     assert utilization.peak_of("TPU v5p") == 459e12
     assert utilization.peak_of("NVIDIA H200") == 989e12
+    assert utilization.peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert utilization.peak_of("NVIDIA H100 PCIe") == 756e12
     assert utilization.peak_of("cpu") is None
     assert utilization.peak_flops(jax.devices()[0]) > 1e8

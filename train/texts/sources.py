@@ -15,17 +15,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from train.texts import readers
 from train.texts.documents import Document
 
 _SECONDS = 1800
-_BIGBENCH = "bigbench==1.0.0"
-_BIGBENCH_URL = "https://github.com/google/BIG-bench"
-_BIGBENCH_NOTICE = (
-    "Part of BIG-bench, which asks that its data stay out of training corpora: report no BIG-bench "
-    "results of a model trained on this. Data that it took from other datasets keep their licences."
-)
 
 
 class MissingError(Exception):
@@ -37,7 +32,7 @@ class Source:
     """One source, and how much of it a full corpus takes."""
 
     name: str
-    kind: Literal["instructions", "conversations", "maths", "code", "prose"]
+    kind: Literal["conversations", "maths", "code", "prose"]
     licence: str
     """An SPDX expression."""
     url: str
@@ -90,43 +85,6 @@ class Found:
 
 SOURCES: tuple[Source, ...] = (
     Source(
-        "natural_instructions",
-        "instructions",
-        "Apache-2.0",
-        _BIGBENCH_URL,
-        readers.natural_instructions,
-        pip=_BIGBENCH,
-        prompts=20_000,
-        notice=_BIGBENCH_NOTICE,
-    ),
-    Source(
-        "topical_chat",
-        "conversations",
-        "Apache-2.0",
-        _BIGBENCH_URL,
-        readers.topical_chat,
-        pip=_BIGBENCH,
-        notice=_BIGBENCH_NOTICE,
-    ),
-    Source(
-        "elementary_math_qa",
-        "maths",
-        "Apache-2.0",
-        _BIGBENCH_URL,
-        readers.elementary_math_qa,
-        pip=_BIGBENCH,
-        notice=_BIGBENCH_NOTICE,
-    ),
-    Source(
-        "xsum",
-        "prose",
-        "Apache-2.0",
-        _BIGBENCH_URL,
-        readers.xsum,
-        pip=_BIGBENCH,
-        notice=_BIGBENCH_NOTICE,
-    ),
-    Source(
         "chitchat",
         "conversations",
         "MIT",
@@ -150,11 +108,65 @@ SOURCES: tuple[Source, ...] = (
         readers.python_stdlib,
     ),
     Source(
+        "transformers",
+        "code",
+        "Apache-2.0",
+        "https://github.com/huggingface/transformers",
+        readers.python_package,
+        pip="transformers==5.23.0",
+        prompts=2_000,
+    ),
+    Source(
+        "sympy",
+        "code",
+        "BSD-3-Clause",
+        "https://www.sympy.org",
+        readers.python_package,
+        pip="sympy==1.14.0",
+        prompts=2_000,
+    ),
+    Source(
+        "jax",
+        "code",
+        "Apache-2.0",
+        "https://github.com/jax-ml/jax",
+        readers.python_package,
+        pip="jax==0.10.2",
+        prompts=2_000,
+    ),
+    Source(
+        "django",
+        "code",
+        "BSD-3-Clause",
+        "https://www.djangoproject.com",
+        readers.python_package,
+        pip="Django==5.2",
+        prompts=2_000,
+    ),
+    Source(
+        "twisted",
+        "code",
+        "MIT",
+        "https://twisted.org",
+        readers.python_package,
+        pip="twisted==24.11.0",
+        prompts=2_000,
+    ),
+    Source(
+        "networkx",
+        "code",
+        "BSD-3-Clause",
+        "https://networkx.org",
+        readers.python_package,
+        pip="networkx==3.6.1",
+        prompts=2_000,
+    ),
+    Source(
         "python_docs",
         "prose",
         "PSF-2.0",
         "https://docs.python.org/3.11/",
-        readers.python_docs,
+        readers.sphinx_docs,
         deb="python3.11-doc",
     ),
     Source(
@@ -165,6 +177,70 @@ SOURCES: tuple[Source, ...] = (
         readers.linux_docs,
         deb="linux-doc-6.1",
         notice="Single files are under other licences, which they name (GFDL-1.1, BSD).",
+    ),
+    Source(
+        "perl_docs",
+        "prose",
+        "Artistic-1.0-Perl OR GPL-1.0-or-later",
+        "https://perldoc.perl.org",
+        readers.perl_docs,
+        deb="perl-doc",
+    ),
+    Source(
+        "git_docs",
+        "prose",
+        "GPL-2.0-only",
+        "https://git-scm.com/docs",
+        readers.git_docs,
+        deb="git-doc",
+    ),
+    Source(
+        "llvm_docs",
+        "prose",
+        "Apache-2.0 WITH LLVM-exception",
+        "https://llvm.org/docs/",
+        readers.sphinx_docs,
+        deb="llvm-14-doc",
+    ),
+    Source(
+        "sqlalchemy_docs",
+        "prose",
+        "MIT",
+        "https://docs.sqlalchemy.org",
+        readers.sphinx_docs,
+        deb="python-sqlalchemy-doc",
+    ),
+    Source(
+        "pandas_docs",
+        "prose",
+        "BSD-3-Clause",
+        "https://pandas.pydata.org/docs/",
+        readers.sphinx_docs,
+        deb="python-pandas-doc",
+    ),
+    Source(
+        "cmake_docs",
+        "prose",
+        "BSD-3-Clause",
+        "https://cmake.org/documentation/",
+        readers.sphinx_docs,
+        deb="cmake-doc",
+    ),
+    Source(
+        "sympy_docs",
+        "prose",
+        "BSD-3-Clause",
+        "https://docs.sympy.org",
+        readers.sphinx_docs,
+        deb="python-sympy-doc",
+    ),
+    Source(
+        "postgresql_docs",
+        "prose",
+        "PostgreSQL",
+        "https://www.postgresql.org/docs/15/",
+        readers.postgresql_docs,
+        deb="postgresql-doc-15",
     ),
 )
 
@@ -195,7 +271,8 @@ def locate(source: Source, downloads: Path, gsm8k: str | None, *, offline: bool)
         found = sorted(downloads.glob(pattern))
     if not found:
         raise MissingError("what was downloaded has another name than was expected")
-    return Found(source, found[-1], wanted or found[-1].name.split("_")[1])
+    # apt writes the colon of an epoch as %3a.
+    return Found(source, found[-1], wanted or unquote(found[-1].name.split("_")[1]))
 
 
 def _download(source: Source, downloads: Path) -> None:
