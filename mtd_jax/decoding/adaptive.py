@@ -15,6 +15,8 @@ from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 _PRIOR_ACCEPTED, _PRIOR_TRIED = 0.7, 1.0
 _FORGET = 0.96
 """A step's weight against the next one's: a text changes its ways about every 25 steps."""
+_HURRY = 16.0
+"""Tokens: a row that is so far ahead of the last one counts a third of it."""
 _PRIOR_YIELD = 3.0
 """Drafts: a measurement on many texts is believed until about so many say otherwise."""
 
@@ -57,12 +59,23 @@ class AcceptanceRates(struct.PyTreeNode):
         return AcceptanceRates(add(self.accepted, accepted), add(self.tried, tried))
 
 
+def urgency(active: Bool[Array, " B"], wanted: Int[Array, " B"]) -> Float[Array, " B"]:
+    """What a token is worth to each row: a batch is done when its last row is.
+
+    Drafts that bring those on that are ahead only make the others wait: every pass costs all of
+    them the same. So a row counts the less, the fewer tokens are still `wanted` of it.
+    """
+    last = jnp.max(jnp.where(active, wanted, 0))
+    ahead = (last - wanted).astype(jnp.float32)
+    return jnp.where(active, jnp.exp(-ahead / _HURRY), 0.0)
+
+
 def best_size(
     sizes: tuple[int, ...],
     costs: Float[Array, " sizes"],
     rate: Float[Array, " B"],
     available: Int[Array, " B"],
-    active: Bool[Array, " B"],
+    weight: Float[Array, " B"],
 ) -> Int[Array, ""]:
     """Index of the number of rows that emits most tokens a second; ties go to the fewest rows.
 
@@ -71,15 +84,14 @@ def best_size(
       costs: seconds of a pass of that many rows, in any unit.
       rate: chance that a draft is accepted whose predecessors were.
       available: drafts that each row has.
-      active: rows that count.
+      weight: what a token of each row counts (`urgency`).
     """
     drafts = jnp.asarray([size - 1 for size in sizes], jnp.int32)[:, None]
     usable = jnp.minimum(drafts, available[None, :]).astype(jnp.float32)
     rate = jnp.clip(rate, 0.0, 0.999)[None, :]
     # 1 + r + r^2 + ... + r^n
     tokens = (1.0 - rate ** (usable + 1.0)) / (1.0 - rate)
-    tokens = jnp.sum(jnp.where(active[None, :], tokens, 0.0), axis=1)
-    return jnp.argmax(tokens / costs).astype(jnp.int32)
+    return jnp.argmax(jnp.sum(tokens * weight[None, :], axis=1) / costs).astype(jnp.int32)
 
 
 class Yields(struct.PyTreeNode):
@@ -116,7 +128,7 @@ def best_tree_index(
     expected: Float[Array, " trees"],
     costs: Float[Array, " trees"],
     ratio: Float[Array, " B"],
-    active: Bool[Array, " B"],
+    weight: Float[Array, " B"],
 ) -> Int[Array, ""]:
     """Index of the tree that emits most tokens a second; of equals the first.
 
@@ -124,8 +136,7 @@ def best_tree_index(
       expected: drafts of each tree that are accepted on average (`TokenTree.expected_tokens` - 1).
       costs: seconds of a step with it, in any unit.
       ratio: accepted drafts for each expected one (`Yields.ratio`).
-      active: rows that count.
+      weight: what a token of each row counts (`urgency`).
     """
     tokens = 1.0 + expected[:, None] * ratio[None, :]
-    tokens = jnp.sum(jnp.where(active[None, :], tokens, 0.0), axis=1)
-    return jnp.argmax(tokens / costs).astype(jnp.int32)
+    return jnp.argmax(jnp.sum(tokens * weight[None, :], axis=1) / costs).astype(jnp.int32)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
-from mtd_jax.decoding.adaptive import AcceptanceRates, best_size
+from mtd_jax.decoding.adaptive import AcceptanceRates, best_size, urgency
 from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
 from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_drafts
@@ -72,7 +72,8 @@ class Copying(BaseMethod):
         available = jnp.sum(drafts >= 0, axis=1, dtype=jnp.int32)
         rates: AcceptanceRates = state.extra
         rate = rates.of(kind)
-        size = best_size(self.sizes, self.costs, rate, available, state.active)
+        weight = urgency(state.active, state.requests.budget)
+        size = best_size(self.sizes, self.costs, rate, available, weight)
 
         def with_rows(rows: int) -> Any:
             tree = self.tree if rows == self.tree.size else TokenTree.chain(rows - 1)

@@ -14,14 +14,14 @@ import numpy as np
 from flax import struct
 
 from mtd_jax import backend
-from mtd_jax.decoding.adaptive import Yields, best_tree_index
+from mtd_jax.decoding.adaptive import Yields, best_tree_index, urgency
 from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
 from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_pass
 from mtd_jax.decoding.tree import TokenTree, build_tree
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.model import Parameters, project
-from mtd_jax.typing import Array, Bool, Float, Int, Leaf
+from mtd_jax.typing import Array, Float, Int, Leaf
 
 _AUTO_SIZES = (1, 4, 8, 16)
 # Medusa on Vicuna 7B (arXiv 2401.10774): what a chain may hope for before anybody has measured.
@@ -120,7 +120,7 @@ class RowDrafting(BaseMethod):
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Verifies the tree that pays and drafts from the last token that was kept."""
         before: _Known = state.extra
-        index = self._choice(before.yields, state.active)
+        index = self._choice(before.yields, state)
 
         def with_tree(tree: TokenTree) -> Any:
             def verified(state: DecodeState) -> DecodeState:
@@ -139,7 +139,7 @@ class RowDrafting(BaseMethod):
         wanted = jnp.bool(self.depth > 0)
         if self.sizes[0] == 1 and len(self.sizes) > 1:
             # Guesses for a step that verifies none would be made for nothing.
-            wanted = self._choice(yields, state.active) > 0
+            wanted = self._choice(yields, state) > 0
             guesses = jax.lax.cond(
                 wanted,
                 lambda: self._guessed(params, row),
@@ -150,8 +150,9 @@ class RowDrafting(BaseMethod):
         partial = jnp.broadcast_to(wanted.astype(jnp.int32), state.pending.shape)
         return state.replace(extra=_Known(guesses, row, yields), partial=partial)
 
-    def _choice(self, yields: Yields, active: Bool[Array, " B"]) -> Int[Array, ""]:
-        return best_tree_index(self.expected, self.costs, yields.ratio(), active)
+    def _choice(self, yields: Yields, state: DecodeState) -> Int[Array, ""]:
+        weight = urgency(state.active, state.requests.budget)
+        return best_tree_index(self.expected, self.costs, yields.ratio(), weight)
 
     def _guessed(self, params: Parameters, row: Float[Array, "B D"]) -> Int[Array, "B depth ranks"]:
         if self.depth == 0:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.config import ModelConfig
-from mtd_jax.decoding.adaptive import AcceptanceRates, best_size
+from mtd_jax.decoding.adaptive import AcceptanceRates, best_size, urgency
 from mtd_jax.decoding.draft_chain import draw_chain
 from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
 from mtd_jax.decoding.prompt import first_state, read_prompt
@@ -105,7 +105,8 @@ class SelfSpeculative(BaseMethod):
         kind = jnp.zeros_like(state.pending)
         rate = adaptation.rates.of(kind)
         most = jnp.full_like(kind, self.sizes[-1] - 1)
-        chosen = best_size(self.sizes, self.costs, rate, most, state.active)
+        weight = urgency(state.active, state.requests.budget)
+        chosen = best_size(self.sizes, self.costs, rate, most, weight)
         limit = jnp.asarray(self.sizes, jnp.int32)[chosen] - 1
 
         def plain(state: DecodeState) -> DecodeState:

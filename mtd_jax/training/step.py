@@ -147,7 +147,7 @@ class Trainer:
         return self.objective.loss(weights, frozen, batch, counts, jax.random.key(0))[1]
 
     def _update(self, state: TrainState, grads: Any, totals: Totals) -> tuple[TrainState, Totals]:
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         sound = jnp.isfinite(norm) & jnp.isfinite(totals["loss"]) & (state.failed < 0)
         # optax promotes its step counts to floats by itself.
         with jax.numpy_dtype_promotion("standard"):

@@ -16,8 +16,11 @@ from mtd_jax.decoding.clock import Clock
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.evaluation.losslessness import verify
+from tests.oracle import dmtd as dmtd_oracle
 from tests.oracle import transformer as oracle
 from tests.support import heads, tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:these weights were not trained")
 
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {},
@@ -30,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "medusa:chain": {"tree": "chain"},
     "medusa:tree": {"tree": "2x2x1"},
     "medusa:random": {"tree": "3x1"},
+    "dmtd": {"cycle": 4, "early": 1, "late": 1, "lossless": True},
 }
 UNTRAINED = ("medusa:random",)
 # Windows in some layers, and a context that the answers fill.
@@ -79,6 +83,8 @@ def _heads(label: str) -> Heads | None:
 
 def _method(label: str) -> Any:
     made: Any = methods.make_method(label.split(":")[0], METHODS[label], _heads(label))
+    if label == "dmtd":
+        return made
     # Drafts that are cheap, so that `auto` tries all sizes.
     return made.replace(costs=1.0 + 0.02 * np.arange(len(made.sizes), dtype=np.float32))
 
@@ -91,26 +97,43 @@ def _decode(
     return generate(model or _model(), method, prompts, batch_size=batch_size, **options)
 
 
+def _reference(label: str) -> Any:
+    """Plain decoding; of DMTD, cycles of one."""
+    return methods.reference(_method(label)) if label == "dmtd" else methods.autoregressive()
+
+
+def _plain(label: str = "ar", **options: Any) -> list[Completion]:
+    return _answers("dmtd" if label == "dmtd" else "ar", **options)
+
+
 @cache
-def _plain(**options: Any) -> list[Completion]:
-    return _decode(methods.autoregressive(), 1, **options)
+def _answers(label: str, **options: Any) -> list[Completion]:
+    return _decode(_reference(label), 1, **options)
 
 
-def _same(found: list[Completion], expected: list[Completion]) -> None:
+def _logits(label: str, text: list[int], prompt: int) -> np.ndarray:
+    params = _model().params
+    if label != "dmtd":
+        return oracle.logits(params, text)[-1]
+    places = dmtd_oracle.places(len(text), prompt, 1, "prompt")
+    return dmtd_oracle.logits(params, text, places, early=1, late=1)[-1]
+
+
+def _same(found: list[Completion], expected: list[Completion], label: str = "ar") -> None:
     for prompt, ours, plain in zip(PROMPTS, found, expected, strict=True):
         assert ours.finish_reason == plain.finish_reason
         if ours.token_ids == plain.token_ids:
             continue
         pairs = zip(ours.token_ids, plain.token_ids, strict=True)
         at = next(i for i, (a, b) in enumerate(pairs) if a != b)
-        logits = oracle.logits(_model().params, [*prompt, *plain.token_ids[:at]])[-1]
+        logits = _logits(label, [*prompt, *plain.token_ids[:at]], len(prompt))
         gap = abs(logits[ours.token_ids[at]] - logits[plain.token_ids[at]])
         assert gap < TIE, f"parted at new token {at}, logit gap {gap:.2e}"
 
 
 def _greedy_tokens_are_the_same(label: str, method: Any, batch_size: int) -> None:
     found = _decode(method, batch_size)
-    _same(found, _plain())
+    _same(found, _plain(label), label)
     if label in UNTRAINED:
         return
     # Not vacuous: drafts were accepted, and some were not.
@@ -123,11 +146,11 @@ def _an_end_token_inside_a_draft_ends_the_row(label: str, method: Any, batch_siz
     """A token from the middle of answers, where drafts are accepted, becomes the end token."""
     values = {f.name: getattr(_model(), f.name) for f in dataclasses.fields(LanguageModel)}
     model = _Ending(**values)
-    type(model).stop_id = _plain()[1].token_ids[17]
-    expected = _decode(methods.autoregressive(), 1, model)
+    type(model).stop_id = _plain(label)[1].token_ids[17]
+    expected = _decode(_reference(label), 1, model)
     assert any(2 < len(c.token_ids) < BUDGET for c in expected)
     found = _decode(method, batch_size, model)
-    _same(found, expected)
+    _same(found, expected, label)
     for completion in found:
         assert model.stop_id not in completion.token_ids[:-1]
 
@@ -135,19 +158,19 @@ def _an_end_token_inside_a_draft_ends_the_row(label: str, method: Any, batch_siz
 def _budgets_are_kept(label: str, method: Any, batch_size: int) -> None:
     for budget in (1, 2, 7):
         found = _decode(method, batch_size, max_new_tokens=budget)
-        assert [c.token_ids for c in found] == [c.token_ids[:budget] for c in _plain()]
+        assert [c.token_ids for c in found] == [c.token_ids[:budget] for c in _plain(label)]
     prompts = [
         Prompt(id=str(i), token_ids=tuple(p), max_new_tokens=1 + 5 * i)
         for i, p in enumerate(PROMPTS)
     ]
     found = _decode(method, batch_size, prompts=prompts)
-    for i, (ours, plain) in enumerate(zip(found, _plain(), strict=True)):
+    for i, (ours, plain) in enumerate(zip(found, _plain(label), strict=True)):
         assert ours.token_ids == plain.token_ids[: 1 + 5 * i]
 
 
 def _answers_end_with_the_context(label: str, method: Any, batch_size: int) -> None:
     found = _decode(method, batch_size, max_new_tokens=1000)
-    _same(found, _plain(max_new_tokens=1000))
+    _same(found, _plain(label, max_new_tokens=1000), label)
     for prompt, completion in zip(PROMPTS, found, strict=True):
         assert completion.finish_reason == "context"
         assert len(prompt) + len(completion.token_ids) == CONFIG.context_length
@@ -158,29 +181,31 @@ def _penalties_are_as_strong(label: str, method: Any, batch_size: int) -> None:
         Sampling(repetition_penalty=1.4),
         Sampling(presence_penalty=0.8, frequency_penalty=0.4, repetition_penalty=0.9),
     ):
-        expected = _plain(sampling=sampling)
-        assert [c.token_ids for c in expected] != [c.token_ids for c in _plain()]
+        expected = _plain(label, sampling=sampling)
+        assert [c.token_ids for c in expected] != [c.token_ids for c in _plain(label)]
         found = _decode(method, batch_size, sampling=sampling)
         assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
 
 def _the_same_seed_draws_the_same_tokens(label: str, method: Any, batch_size: int) -> None:
     """Tokens are drawn by position, so drafts from the text change no draw."""
-    if label.startswith("self"):
+    if label.startswith("self") or label == "dmtd":
         return  # its drafts are drawn themselves: the distribution is the same, not each draw
     for sampling in (
         Sampling(0.3, seed=5),
         Sampling(0.8, top_k=5, top_p=0.9, repetition_penalty=1.2, seed=1),
     ):
         found = _decode(method, batch_size, sampling=sampling)
-        assert [c.token_ids for c in found] == [c.token_ids for c in _plain(sampling=sampling)]
+        assert [c.token_ids for c in found] == [
+            c.token_ids for c in _plain(label, sampling=sampling)
+        ]
         assert sum(c.metrics.accepted for c in found) > 0 or label in UNTRAINED
 
 
 def _greedy_and_drawn_rows_share_a_batch(label: str, method: Any, batch_size: int) -> None:
     samplings = [Sampling(), Sampling(0.7, seed=3)] * 4
     found = _decode(method, batch_size, sampling=samplings)
-    for ours, plain in list(zip(found, _plain(), strict=True))[::2]:
+    for ours, plain in list(zip(found, _plain(label), strict=True))[::2]:
         assert ours.token_ids == plain.token_ids
 
 

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtd_jax.decoding.adaptive import AcceptanceRates, Yields, best_size, best_tree_index
+from mtd_jax.decoding.adaptive import (
+    AcceptanceRates,
+    Yields,
+    best_size,
+    best_tree_index,
+    urgency,
+)
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.methods.drafting import choose_trees
 
@@ -26,7 +32,7 @@ def _chosen(
         jnp.asarray(costs, jnp.float32),
         jnp.asarray(rate, jnp.float32),
         jnp.asarray(available, jnp.int32),
-        jnp.asarray(active or [True] * len(rate)),
+        jnp.asarray(active or [True] * len(rate), jnp.float32),
     )
     return SIZES[int(index)]
 
@@ -67,6 +73,27 @@ def test_dear_rows_are_not_bought() -> None:
     assert _chosen([0.9], [15], costs=(1.0, 9.0, 9.0, 9.0)) == 1
 
 
+def test_rows_that_are_ahead_count_less() -> None:
+    """Drafts for the first row alone pay, until the second one is far behind."""
+
+    def chosen(wanted: list[int], active: list[bool]) -> int:
+        weight = urgency(jnp.asarray(active), jnp.asarray(wanted, jnp.int32))
+        assert float(weight.max()) == 1.0
+        index = best_size(
+            SIZES,
+            jnp.asarray(COSTS, jnp.float32),
+            jnp.asarray([0.9, 0.9], jnp.float32),
+            jnp.asarray([15, 0], jnp.int32),
+            weight,
+        )
+        return SIZES[int(index)]
+
+    assert chosen([100, 100], [True, True]) > 1
+    assert chosen([20, 100], [True, True]) == 1
+    assert chosen([20, 100], [True, False]) > 1
+    assert chosen([100, 20], [True, True]) > 1
+
+
 def test_rates_follow_what_happens_and_forget_it() -> None:
     def rate(rates: AcceptanceRates, kind: int) -> float:
         return float(rates.of(jnp.array([kind], jnp.int32))[0])
@@ -92,15 +119,15 @@ def test_rates_follow_what_happens_and_forget_it() -> None:
 def test_the_tree_that_pays() -> None:
     expected = jnp.asarray([0.0, 1.0, 1.5], jnp.float32)
     costs = jnp.asarray([1.0, 1.5, 3.0], jnp.float32)
-    two = jnp.asarray([True, True])
+    two = jnp.asarray([1.0, 1.0], jnp.float32)
 
-    def chosen(ratio: list[float], active: jax.Array = two) -> int:
-        return int(best_tree_index(expected, costs, jnp.asarray(ratio, jnp.float32), active))
+    def chosen(ratio: list[float], weight: jax.Array = two) -> int:
+        return int(best_tree_index(expected, costs, jnp.asarray(ratio, jnp.float32), weight))
 
     assert chosen([1.0, 1.0]) == 1  # 2 / 1.5 a second, against 1 and 2.5 / 3
     assert chosen([0.2, 0.2]) == 0
     assert chosen([0.2, 1.0]) == 1  # 3.2 tokens of both rows in 1.5, against 2 in 1
-    assert chosen([0.2, 1.0], jnp.asarray([True, False])) == 0
+    assert chosen([0.2, 1.0], jnp.asarray([1.0, 0.0], jnp.float32)) == 0
 
 
 def test_yields_follow_the_text_and_forget() -> None:
