@@ -125,9 +125,13 @@ class Tokenizer:
         Raises:
           InputError: no chat template, malformed messages, or the template refuses them.
         """
-        text = chat_template.render(self._inner, messages, add_generation_prompt)
+        text = self.chat_text(messages, add_generation_prompt=add_generation_prompt)
         check_text(text)
         return [int(i) for i in self._inner.encode(text, add_special_tokens=False, verbose=False)]
+
+    def chat_text(self, messages: Any, *, add_generation_prompt: bool = True) -> str:
+        """The conversation as text, special tokens written out; arguments as for `chat`."""
+        return chat_template.render(self._inner, messages, add_generation_prompt)
 
     def encode_all(
         self, texts: Sequence[str], *, add_special_tokens: bool = True

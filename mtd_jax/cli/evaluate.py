@@ -19,9 +19,9 @@ from mtd_jax.cli.session import (
     open_method,
     open_model,
 )
-from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.errors import InputError
-from mtd_jax.evaluation.text_loss import TextLoss, text_loss, text_rows
+from mtd_jax.evaluation.harness import run_tasks
+from mtd_jax.evaluation.text_loss import text_loss, text_rows
 from mtd_jax.training.config import DataConfig
 
 _DESCRIPTION = """\
@@ -32,6 +32,9 @@ was the likeliest. With --baseline, what is kept of another model's quality besi
            --baseline runs/sft/model
 
 Texts are .jsonl files of {"messages": [...]} or {"text": ...}, .txt files, or directories of such.
+--tasks runs tasks of lm-eval (pip install 'mtd-jax[eval]') beside or in place of texts: their
+names, or those of YAML files in --include. Their data must be on disk or within reach.
+
 Of conversations what the assistant says counts (--loss all: everything). A method with cycles is
 measured in its cycles, and the loss of every place in a cycle is given. Lossless methods have the
 loss of the model itself.
@@ -59,29 +62,32 @@ def add_parser(commands: arguments.Subparsers) -> None:
         default="assistant",
         help="what counts in conversations (default: assistant)",
     )
+    parser.add_argument("--tasks", metavar="NAME,...", help="tasks of lm-eval")
+    parser.add_argument("--include", metavar="DIR", help="directory with tasks of your own")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents of each task")
+    parser.add_argument("--few-shot", type=int, metavar="N", help="examples in front of each")
+    parser.add_argument("--chat", action="store_true", help="tasks in the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    for name in ("batch_size", "length"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    if not args.text:
-        raise InputError("give texts to measure on: --text PATH")
-    data = DataConfig(train=tuple(args.text), length=args.length, loss=args.loss)
+    for name in ("batch_size", "length", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.few_shot is not None and args.few_shot < 0:
+        raise InputError("--few-shot must be at least 0")
+    if not args.text and not args.tasks:
+        raise InputError("give texts to measure on (--text PATH), or tasks (--tasks NAME)")
     report: dict[str, Any] = {"model": args.model, "method": args.method, "text": args.text}
-    found = _measured(args, open_method(args), data)
-    report |= found.to_dict()
+    report |= _measured(args, open_method(args))
     if args.baseline is not None:
         args.model = args.baseline
-        base = _measured(args, choose_method("ar", None, {}, "ar"), data)
-        report["baseline"] = {"model": args.baseline, **base.to_dict()}
-        report["retention"] = {
-            "accuracy": found.accuracy / base.accuracy if base.accuracy else None,
-            "perplexity": base.perplexity / found.perplexity,
-        }
+        base = _measured(args, choose_method("ar", None, {}, "ar"))
+        report["baseline"] = {"model": args.baseline, **base}
+        report["retention"] = _retention(report, base)
     if args.json:
         print(json.dumps(report))
     else:
@@ -89,38 +95,87 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measured(args: argparse.Namespace, choice: Choice, data: DataConfig) -> TextLoss:
-    model: LanguageModel = open_model(args)
+def _measured(args: argparse.Namespace, choice: Choice) -> dict[str, Any]:
+    """Losses on texts and metrics of tasks, JSON-ready."""
+    model = open_model(args)
     method = choice.made(model)
     notice = method.check(model.config, frozenset())
     if notice is not None:
         warnings.warn(notice, UserWarning, stacklevel=2)
-    rows = text_rows(model, data, cache_directory() / "tokens")
+    found: dict[str, Any] = {}
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=args.json) as bar:
-        task = bar.add_task(f"{args.model}", total=-(-len(rows) // args.batch_size))
-        return text_loss(
-            model, method, rows, batch_size=args.batch_size, progress=lambda: bar.advance(task)
-        )
+        task = bar.add_task(f"{args.model}", total=None)
+        if args.text:
+            data = DataConfig(train=tuple(args.text), length=args.length, loss=args.loss)
+            rows = text_rows(model, data, cache_directory() / "tokens")
+            bar.update(task, total=-(-len(rows) // args.batch_size))
+            losses = text_loss(
+                model, method, rows, batch_size=args.batch_size, progress=lambda: bar.advance(task)
+            )
+            found |= losses.to_dict()
+        if args.tasks:
+            bar.reset(task, total=None)
+            found["tasks"] = run_tasks(
+                model,
+                method,
+                args.tasks.split(","),
+                include=args.include,
+                limit=args.limit,
+                few_shot=args.few_shot,
+                chat=args.chat,
+                batch_size=args.batch_size,
+                progress=lambda count: bar.update(task, completed=count),
+            )
+    return found
+
+
+def _retention(found: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Share of the baseline's figures that is kept."""
+    kept: dict[str, Any] = {}
+    if "loss" in found:
+        kept["accuracy"] = found["accuracy"] / base["accuracy"] if base["accuracy"] else None
+        kept["perplexity"] = base["perplexity"] / found["perplexity"]
+    if "tasks" in found:
+        kept["tasks"] = {
+            task: {
+                name: value / base["tasks"][task][name]
+                for name, value in metrics.items()
+                if base["tasks"][task].get(name)
+            }
+            for task, metrics in found["tasks"].items()
+        }
+    return kept
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table()
-    for column in ("model", "method", "tokens", "loss", "perplexity", "accuracy"):
-        table.add_column(column, justify="left" if column in ("model", "method") else "right")
-    rows = [report] + ([{"method": "ar", **report["baseline"]}] if "baseline" in report else [])
-    for row in rows:
-        numbers = f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['accuracy']:.4f}"
-        table.add_row(row["model"], row["method"], f"{row['tokens']:,}", *numbers)
-    console = Console(highlight=False)
-    console.print(table)
-    if report["by_place"]:
-        text = ", ".join(f"{place}: {loss:.4f}" for place, loss in report["by_place"].items())
-        console.print(f"loss by place in the cycle: {text}", markup=False, soft_wrap=True)
-    if "retention" in report:
-        kept = report["retention"]
-        share = "-" if kept["accuracy"] is None else f"{kept['accuracy']:.1%}"
-        console.print(
-            f"kept of the baseline: accuracy {share}, perplexity {kept['perplexity']:.1%}",
-            markup=False,
+    console = Console(highlight=False, markup=False)
+    models = [report] + ([{"method": "ar", **report["baseline"]}] if "baseline" in report else [])
+    kept = report.get("retention", {})
+    if "loss" in report:
+        table = Table()
+        for column in ("model", "method", "tokens", "loss", "perplexity", "accuracy"):
+            table.add_column(column, justify="left" if column in ("model", "method") else "right")
+        for row in models:
+            numbers = f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['accuracy']:.4f}"
+            table.add_row(row["model"], row["method"], f"{row['tokens']:,}", *numbers)
+        console.print(table)
+        if report["by_place"]:
+            text = ", ".join(f"{place}: {loss:.4f}" for place, loss in report["by_place"].items())
+            console.print(f"loss by place in the cycle: {text}", soft_wrap=True)
+        if kept:
+            share = "-" if kept["accuracy"] is None else f"{kept['accuracy']:.1%}"
+            console.print(
+                f"kept of the baseline: accuracy {share}, perplexity {kept['perplexity']:.1%}"
+            )
+    if "tasks" in report:
+        table = Table(
+            "task", "metric", *(row["model"] for row in models), *(["kept"] if kept else [])
         )
+        for task, metrics in report["tasks"].items():
+            for name in metrics:
+                cells = [f"{row['tasks'][task].get(name, float('nan')):.4f}" for row in models]
+                share = kept.get("tasks", {}).get(task, {}).get(name)
+                cells += ["-" if share is None else f"{share:.1%}"] if kept else []
+                table.add_row(task, name, *cells)
+        console.print(table)
