@@ -104,7 +104,9 @@ def _measured(args: argparse.Namespace, choice: Choice) -> dict[str, Any]:
         warnings.warn(notice, UserWarning, stacklevel=2)
     found: dict[str, Any] = {}
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=args.json) as bar:
+    # Where nobody looks, a bar that an error ends would leave an empty line before it.
+    hidden = args.json or not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(f"{args.model}", total=None)
         if args.text:
             data = DataConfig(train=tuple(args.text), length=args.length, loss=args.loss)
