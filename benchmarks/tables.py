@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "pods", "training")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("dmtd", "performance", "pods", "training")),
 )
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -187,6 +187,67 @@ def fine_tuning() -> str:
     return _markdown(head, rows)
 
 
+def cycles_speed() -> str:
+    """DMTD beside plain decoding: speed-ups, and which share they are of the bound by bytes."""
+    rows = _result("cpu-dmtd-speed")["rows"]
+    sizes = sorted({row["batch_size"] for row in rows})
+    plain = {row["batch_size"]: row for row in rows if row["method"] == "ar"}
+    lines = [["ar: tokens/s", *(f"{plain[n]['decode_tokens_per_second']:.1f}" for n in sizes)]]
+    lines += [["ar: share of bandwidth", *(f"{plain[n]['roofline_share']:.0%}" for n in sizes)]]
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "ar"):
+        cells = []
+        for row in (
+            r for n in sizes for r in rows if (r["method"], r["batch_size"]) == (method, n)
+        ):
+            bytes_read = plain[row["batch_size"]]["bytes_read_per_token"]
+            bound = bytes_read / row["bytes_read_per_token"]
+            cells.append(f"{row['speedup_vs_ar']:.2f}x ({row['speedup_vs_ar'] / bound:.0%})")
+        lines.append([method.replace("dmtd:cycle=", "τ = "), *cells])
+    return _markdown(["batch", *map(str, sizes)], lines)
+
+
+_FINE_TUNED = {"sft": "cpu-sft"} | {f"τ = {n}": f"cpu-dmtd-cycle{n}" for n in (2, 3, 4)}
+
+
+def cycles_quality() -> str:
+    """Held-out loss by step, with and without cycles, and the share of accuracy that is kept."""
+    runs = {
+        label: {line["step"]: line for line in _result(name)["held_out"]}
+        for label, name in _FINE_TUNED.items()
+    }
+    lines = []
+    for step, reference in runs["sft"].items():
+        cells = [f"{reference['held_out_loss']:.3f}"]
+        for label in list(runs)[1:]:
+            line = runs[label].get(step)
+            if line is None:
+                cells.append("-")
+                continue
+            kept = line["held_out_accuracy"] / reference["held_out_accuracy"]
+            cells.append(f"{line['held_out_loss']:.3f} ({kept:.0%})")
+        tokens = step * _result("cpu-sft")["tokens"] / _result("cpu-sft")["steps"]
+        lines.append([str(step), f"{tokens / 1000:.0f}", *cells])
+    return _markdown(["steps", "thousand tokens", *runs], lines)
+
+
+def cycles_places() -> str:
+    """Held-out loss of what each place in a cycle predicts, at the last step of each run."""
+    head = [
+        "",
+        "steps",
+        "first token of an answer",
+        "head",
+        *(f"late only, {n}" for n in (2, 3, 4)),
+    ]
+    lines = []
+    for label, name in list(_FINE_TUNED.items())[1:]:
+        last = _result(name)["held_out"][-1]
+        keys = ["held_out_loss_first", *(f"held_out_loss_{n}" for n in (1, 2, 3, 4))]
+        cells = [f"{last[key]:.3f}" if key in last else "-" for key in keys]
+        lines.append([label, str(last["step"]), *cells])
+    return _markdown(head, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-layouts": layouts,
     "cpu-peers": peers,
@@ -198,6 +259,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-code-editing": lambda: _drafting("cpu-code-editing"),
     "cpu-lossless": lossless,
     "cpu-sft": fine_tuning,
+    "cpu-dmtd-speed": cycles_speed,
+    "cpu-dmtd-quality": cycles_quality,
+    "cpu-dmtd-places": cycles_places,
     "cpu-verify-cost": verify_cost,
     "pods": pods,
 }

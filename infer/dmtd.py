@@ -46,8 +46,15 @@ def main() -> None:
     model = mtd.load(args.model)
     params, config = model.params, model.config
     trained = config.cycles
-    cycle = args.cycle or (trained.cycle if trained else 4)
-    first_late = config.num_layers - (args.late or (trained.late if trained else 8))
+    cycle = args.cycle if args.cycle is not None else trained.cycle if trained else 4
+    method = mtd.methods.dmtd(cycle, late=args.late)
+    notice = method.check(config, frozenset())  # refuses what these weights cannot be asked for
+    groups = method.groups(config)
+    if groups.early or groups.anchor != "prompt":
+        raise mtd.InputError("this page knows no early layers, and cycles behind the prompt only")
+    if notice is not None:
+        print(f"dmtd.py: warning: {notice}", file=sys.stderr)
+    first_late = config.num_layers - groups.late
     ids = args.token_ids and tuple(int(i) for i in args.token_ids.split(","))
     prompt = mtd.Prompt("0", text=None if ids else args.prompt, token_ids=ids or None)
     budget = args.max_new_tokens

@@ -116,6 +116,8 @@ class CycleConfig:
     anchor: Anchor | None = None
     """Where cycles start: behind the prompt, or at the first token of the text; None: not known, as
     in checkpoints of the method's authors."""
+    model_type: str | None = None
+    """What a Hugging Face config called the model; None: `dmtd` and the family's name."""
 
     def __post_init__(self) -> None:
         for name, least, most in (("early", 0, 2**12), ("late", 1, 2**12), ("cycle", 1, MAX_CYCLE)):
@@ -125,6 +127,8 @@ class CycleConfig:
                 raise InputError(f"cycles: {name} must be {least} to {most}, got {value!r}")
         if self.anchor is not None and self.anchor not in ANCHORS:
             raise unknown_name("anchor", str(self.anchor)[:60], ANCHORS)
+        if self.model_type is not None and not isinstance(self.model_type, str):
+            raise InputError(f"cycles: model_type must be text, got {self.model_type!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mtd_jax.cli import arguments
+from mtd_jax.cli.arguments import existing_path
 from mtd_jax.cli.session import (
     Choice,
     cache_directory,
@@ -19,6 +21,7 @@ from mtd_jax.cli.session import (
     open_method,
     open_model,
 )
+from mtd_jax.decoding.method import Method
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation.harness import run_tasks
 from mtd_jax.evaluation.text_loss import text_loss, text_rows
@@ -82,10 +85,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.text and not args.tasks:
         raise InputError("give texts to measure on (--text PATH), or tasks (--tasks NAME)")
     report: dict[str, Any] = {"model": args.model, "method": args.method, "text": args.text}
-    report |= _measured(args, open_method(args))
+    if args.baseline is not None:
+        existing_path(args.baseline, "model")
+    method, found = _measured(args, open_method(args))
+    report |= found
     if args.baseline is not None:
         args.model = args.baseline
-        base = _measured(args, choose_method("ar", None, {}, "ar"))
+        _, base = _measured(args, choose_method("ar", None, {}, "ar"), places_of=method)
         report["baseline"] = {"model": args.baseline, **base}
         report["retention"] = _retention(report, base)
     if args.json:
@@ -95,8 +101,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measured(args: argparse.Namespace, choice: Choice) -> dict[str, Any]:
-    """Losses on texts and metrics of tasks, JSON-ready."""
+def _measured(
+    args: argparse.Namespace, choice: Choice, places_of: Method | None = None
+) -> tuple[Method, dict[str, Any]]:
+    """The method; losses on texts and metrics of tasks, JSON-ready."""
     model = open_model(args)
     method = choice.made(model)
     notice = method.check(model.config, frozenset())
@@ -113,7 +121,12 @@ def _measured(args: argparse.Namespace, choice: Choice) -> dict[str, Any]:
             rows = text_rows(model, data, cache_directory() / "tokens")
             bar.update(task, total=-(-len(rows) // args.batch_size))
             losses = text_loss(
-                model, method, rows, batch_size=args.batch_size, progress=lambda: bar.advance(task)
+                model,
+                method,
+                rows,
+                batch_size=args.batch_size,
+                places_of=places_of,
+                progress=lambda: bar.advance(task),
             )
             found |= losses.to_dict()
         if args.tasks:
@@ -129,7 +142,7 @@ def _measured(args: argparse.Namespace, choice: Choice) -> dict[str, Any]:
                 batch_size=args.batch_size,
                 progress=lambda count: bar.update(task, completed=count),
             )
-    return found
+    return method, found
 
 
 def _retention(found: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +151,11 @@ def _retention(found: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     if "loss" in found:
         kept["accuracy"] = found["accuracy"] / base["accuracy"] if base["accuracy"] else None
         kept["perplexity"] = base["perplexity"] / found["perplexity"]
+        kept["perplexity_by_place"] = {
+            place: math.exp(base["by_place"][place] - loss)
+            for place, loss in found["by_place"].items()
+            if place in base["by_place"]
+        }
     if "tasks" in found:
         kept["tasks"] = {
             task: {
@@ -170,6 +188,10 @@ def _show(report: dict[str, Any]) -> None:
             console.print(
                 f"kept of the baseline: accuracy {share}, perplexity {kept['perplexity']:.1%}"
             )
+            places = kept["perplexity_by_place"].items()
+            text = ", ".join(f"{place}: {value:.1%}" for place, value in places)
+            if text:
+                console.print(f"perplexity kept by place: {text}", soft_wrap=True)
     if "tasks" in report:
         table = Table(
             "task", "metric", *(row["model"] for row in models), *(["kept"] if kept else [])

@@ -6,6 +6,7 @@ transformers 4.x, `rope_parameters` of 5.x.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -113,6 +114,8 @@ def config_from_hf(
 def config_to_hf(config: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
     """A config.json that transformers 4.x and 5.x read back as the same model.
 
+    With cycles, it is one for the engine of DMTD's authors: transformers has no such model.
+
     Raises:
       InputError: the model has features that its family cannot express there.
     """
@@ -148,7 +151,11 @@ def config_to_hf(config: ModelConfig, dtype: str | None = None) -> dict[str, Any
         values["mlp_bias"] = config.mlp_bias
     if dtype is not None:
         values["torch_dtype"] = values["dtype"] = dtype
-    if config_from_hf(values) != config:
+    said = config
+    if config.cycles is not None:
+        cycles = dataclasses.replace(config.cycles, model_type=values["model_type"])
+        said = dataclasses.replace(config, cycles=cycles)
+    if config_from_hf(values) != said:
         raise InputError(f"a '{config.family}' config.json cannot express all of this model")
     return values
 
@@ -166,13 +173,15 @@ def _family_of(values: Mapping[str, Any]) -> tuple[str, Family]:
 
 
 def _cycles_from_hf(values: Mapping[str, Any], layers: int) -> CycleConfig | None:
-    given = [key for key in _CYCLE_KEYS if values.get(key) is not None]
-    if not given:
+    """As the authors' own loader: what is not said is no early layer, and cycles of four."""
+    if not any(values.get(key) is not None for key in _CYCLE_KEYS):
         return None
-    if len(given) < len(_CYCLE_KEYS):
-        missing = sorted(set(_CYCLE_KEYS) - set(given))
-        raise InputError(f"config.json has {given[0]}, but no {', '.join(missing)}")
-    early, middle, late, cycle = (_whole(values, key) for key in _CYCLE_KEYS)
+    early_key, middle_key, late_key, cycle_key = _CYCLE_KEYS
+    early = _whole(values, early_key, 0)
+    if values.get(middle_key) is None and values.get(late_key) is None:
+        raise InputError(f"config.json has cycles, but neither {middle_key} nor {late_key}")
+    late = _whole(values, late_key, layers - early - _whole(values, middle_key, 0))
+    middle = _whole(values, middle_key, layers - early - late)
     if early + middle + late != layers:
         raise InputError(
             f"config.json: {early} + {middle} + {late} layers in groups, but {layers} in all"
@@ -180,7 +189,13 @@ def _cycles_from_hf(values: Mapping[str, Any], layers: int) -> CycleConfig | Non
     anchor = values.get(_ANCHOR_KEY)
     if anchor is not None and anchor not in ANCHORS:
         raise unknown_name(_ANCHOR_KEY, str(anchor)[:60], ANCHORS)
-    return CycleConfig(early=early, late=late, cycle=cycle, anchor=anchor)
+    return CycleConfig(
+        early=early,
+        late=late,
+        cycle=_whole(values, cycle_key, 4),
+        anchor=anchor,
+        model_type=values["model_type"],
+    )
 
 
 def _cycles_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
@@ -190,8 +205,10 @@ def _cycles_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
     middle = config.num_layers - cycles.early - cycles.late
     groups = (cycles.early, middle, cycles.late, cycles.cycle)
     anchor = {} if cycles.anchor is None else {_ANCHOR_KEY: cycles.anchor}
-    kind = {"model_type": f"dmtd{family.model_types[0]}"}
-    return {**kind, **dict(zip(_CYCLE_KEYS, groups, strict=True)), **anchor}
+    kind = cycles.model_type or f"dmtd{family.model_types[0]}"
+    # Engines choose by the class: a plain one would be decoded without cycles.
+    names = {"model_type": kind, "architectures": [f"DMTD{family.architecture}"]}
+    return {**names, **dict(zip(_CYCLE_KEYS, groups, strict=True)), **anchor}
 
 
 def _sliding_windows(

@@ -304,19 +304,20 @@ class _Traffic:
         self._params = model.params
         self._batch = batch
         self._step = weight_bytes(model.params)
-        self._partial = method.partial_bytes(model.params)
+        self._method = method
 
     def added(self, metrics: Metrics, tally: Tally, row: _Row) -> Metrics:
         """The times with what the row's tally says beside them."""
         forwards, drafted = int(tally.forwards), int(tally.drafted)
         length = len(row.request.token_ids) + row.tokens / 2
-        step = self._step + cache_bytes(self._params, self._batch, length)
+        cached = cache_bytes(self._params, self._batch, length)
+        part = self._method.partial_bytes(self._params, cached)
         return dataclasses.replace(
             metrics,
             forwards=forwards,
             drafted=drafted,
             histogram=tuple(int(n) for n in tally.histogram) if drafted else (),
-            bytes_read=max(forwards - 1, 0) * step + int(tally.partial) * self._partial,
+            bytes_read=max(forwards - 1, 0) * (self._step + cached) + int(tally.partial) * part,
         )
 
 

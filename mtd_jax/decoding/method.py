@@ -139,10 +139,11 @@ class BaseMethod(struct.PyTreeNode):
     """What most methods answer alike."""
 
     name: ClassVar[str]
+    has_cycles: ClassVar[bool] = False
 
-    def partial_bytes(self, params: Parameters) -> int:
+    def partial_bytes(self, params: Parameters, cached: float) -> float:
         """All passes run the whole model."""
-        return 0
+        return 0.0
 
     def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
         """Fits every model; only DMTD has cycles."""
@@ -172,8 +173,15 @@ class Method(Protocol):
     def rows_per_step(self) -> int:
         """The most cache slots that a step writes behind a row's committed length."""
 
-    def partial_bytes(self, params: Parameters) -> int:
-        """Bytes of weights that one of the `Tally.partial` passes reads."""
+    has_cycles: ClassVar[bool]
+    """Whether prompts may ask for a cycle."""
+
+    def partial_bytes(self, params: Parameters, cached: float) -> float:
+        """Bytes that one of the `Tally.partial` passes reads.
+
+        Args:
+          cached: bytes of keys and values that a pass through all layers reads.
+        """
 
     def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
         """Looks whether the method fits a model, before anything runs.

@@ -75,6 +75,11 @@ def as_prompt(value: AnyPrompt, index: int) -> Prompt:
     return Prompt(id=str(index), token_ids=tuple(ids))
 
 
+def without_cycles(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The same prompts for a method that has no cycles, to compare with one that has."""
+    return [dataclasses.replace(prompt, cycle=None) for prompt in prompts]
+
+
 def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts of a JSON-lines file, one object a line (see `mtd generate --help`).
 

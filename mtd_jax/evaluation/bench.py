@@ -18,7 +18,7 @@ from mtd_jax.decoding.generate import Completion, generate
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.metrics import Metrics, total
-from mtd_jax.decoding.requests import AnyPrompt, Prompt, as_prompt
+from mtd_jax.decoding.requests import AnyPrompt, Prompt, as_prompt, without_cycles
 from mtd_jax.decoding.sampling import Sampling
 from mtd_jax.evaluation.roofline import memory_bandwidth
 
@@ -105,7 +105,7 @@ def bench(
             return generate(
                 model,
                 made[label],
-                part,
+                part if made[label].has_cycles else without_cycles(part),
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
                 batch_size=size,

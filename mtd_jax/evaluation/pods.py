@@ -177,7 +177,10 @@ def decode_programs(
             f"--decode-batch {batch} does not spread over data x fsdp = {rows} devices"
         )
     params = abstract_parameters(model, mesh, jnp.bfloat16)
-    made = [_abstract(methods.make_method(name, {}), mesh) for name in names]
+    chosen = [methods.make_method(name, {}) for name in names]
+    for method in chosen:
+        method.check(model, frozenset())
+    made = [_abstract(method, mesh) for method in chosen]
     requests = _requests(batch, mesh)
     tokens = _of(mesh, (batch, min(CHUNK, capacity)), "batch", None)
     lengths = _of(mesh, (batch,), "batch")

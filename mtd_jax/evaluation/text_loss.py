@@ -17,11 +17,12 @@ import numpy as np
 
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
-from mtd_jax.methods.dmtd import DMTD
+from mtd_jax.methods.dmtd import DMTD, PLAIN
 from mtd_jax.training.config import DataConfig
 from mtd_jax.training.data import prepare
 from mtd_jax.training.objective import CycleTuning, FineTuning, Objective
 from mtd_jax.training.rows import Rows
+from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed
 
 
@@ -35,8 +36,8 @@ class TextLoss:
     accuracy: float
     """Share of tokens that were the likeliest."""
     by_place: dict[str, float]
-    """Loss of what each place in a cycle predicts: `1` a head, `2`.. late layers only, `first` the
-    last row of a prompt; empty for methods without cycles."""
+    """Loss of what each place in a cycle predicts: `1` a head, `2`.. late layers only, `plain` rows
+    outside of cycles (a prompt's last one, or all of it where it counts); empty without cycles."""
 
     @property
     def perplexity(self) -> float:
@@ -63,16 +64,19 @@ def text_loss(
     rows: Rows,
     *,
     batch_size: int,
+    places_of: Method | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> TextLoss:
     """The loss of a model on rows of text, as `method` decodes.
 
-    A lossless method has the loss of the model itself. `progress` is called behind every batch.
+    A lossless method has the loss of the model itself.
 
-    Raises:
-      InputError: the method does not fit the model.
+    Args:
+      places_of: a method in whose cycles' places the loss is told apart, though the model has none:
+        places differ in their tokens, so only like places can be compared.
+      progress: is called behind every batch.
     """
-    objective = _objective(model, method)
+    objective = _objective(model, method, places_of)
     measure = jax.jit(objective.loss)
     nothing = jax.tree.map(lambda _: None, model.params)
     totals: dict[str, float] = {}
@@ -102,14 +106,23 @@ def text_loss(
     )
 
 
-def _objective(model: LanguageModel, method: Method) -> Objective:
-    if not isinstance(method, DMTD):
+@dataclasses.dataclass(frozen=True)
+class _PlainByPlace(CycleTuning):
+    """The loss of a plain decoder, at each place of cycles that it does not have."""
+
+    def _forward(self, params: Parameters, batch: Packed, places: jax.Array) -> jax.Array:
+        return super()._forward(params, batch, jax.numpy.full_like(places, PLAIN))
+
+
+def _objective(model: LanguageModel, method: Method, places_of: Method | None) -> Objective:
+    cyclic = method if isinstance(method, DMTD) else places_of
+    if not isinstance(cyclic, DMTD):
         return FineTuning()
-    method.check(model.config, frozenset())
-    groups = method.groups(model.config)
+    groups = cyclic.groups(model.config)
     assert groups.anchor is not None  # `groups` knows it
-    return CycleTuning(
-        cycle=1 if method.lossless else groups.cycle,
+    kind = CycleTuning if cyclic is method else _PlainByPlace
+    return kind(
+        cycle=1 if cyclic.lossless else groups.cycle,
         early=groups.early,
         late=groups.late,
         anchor=groups.anchor,

@@ -322,8 +322,10 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
             continue
         elif part is bool:
             choices += switches
-            if isinstance(value, bool) or value in switches:
-                return switches.get(value, value)
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value in switches:
+                return switches[value]
             continue
         elif isinstance(value, (int, float) if part is float else part):
             if not isinstance(value, bool):

@@ -137,6 +137,7 @@ class DMTD(BaseMethod):
     """Verify: the tokens are those of cycle 1."""
 
     name: ClassVar[str] = "dmtd"
+    has_cycles: ClassVar[bool] = True
 
     @property
     def max_emit(self) -> int:
@@ -148,11 +149,12 @@ class DMTD(BaseMethod):
         """The slots of a cycle."""
         return self.cycle
 
-    def partial_bytes(self, params: Parameters) -> int:
-        """Early and late layers, and the output head."""
-        groups = self.groups(params.config)
-        middle = frozenset(range(groups.early, params.config.num_layers - groups.late))
-        return weight_bytes(params, Skip(attention=middle, mlp=middle))
+    def partial_bytes(self, params: Parameters, cached: float) -> float:
+        """Early and late layers, their keys and values, and the output head."""
+        groups, layers = self.groups(params.config), params.config.num_layers
+        middle = frozenset(range(groups.early, layers - groups.late))
+        kept = (groups.early + groups.late) / layers
+        return weight_bytes(params, Skip(attention=middle, mlp=middle)) + kept * cached
 
     def groups(self, config: ModelConfig) -> CycleConfig:
         """E, D, cycle and anchor for these weights, all of them known."""
@@ -187,8 +189,14 @@ class DMTD(BaseMethod):
             asked, known = getattr(groups, name), getattr(trained, name)
             if known is not None and asked != known:
                 raise InputError(f"the weights were trained with {name} = {known}, not {asked}")
-        if self.cycle != trained.cycle and not self.lossless:
-            return f"these weights were trained for cycles of {trained.cycle}, not {self.cycle}"
+        others = {self.cycle, *cycles} - {trained.cycle}
+        if others and not self.lossless:
+            return f"these weights were trained for cycles of {trained.cycle}, not {min(others)}"
+        if trained.anchor is None and self.anchor is None:
+            return (
+                "the checkpoint does not say where its cycles start: taken to be behind the prompt "
+                "(else: --option anchor=sequence)"
+            )
         return None
 
     def prefill(
@@ -272,7 +280,7 @@ class DMTD(BaseMethod):
             pending=jnp.where(state.active, newest, state.pending),
             emitted=emitted,
             emitted_count=count,
-            partial=jnp.maximum(count - head.astype(jnp.int32), 0),
+            partial=jnp.maximum(count - 1, 0),
             extra=refill,
         )
 

@@ -189,7 +189,7 @@ class Medusa(RowDrafting):
 
     name: ClassVar[str] = MedusaSpec.name
 
-    def partial_bytes(self, params: Parameters) -> int:
+    def partial_bytes(self, params: Parameters, cached: float) -> float:
         """The heads and what they read with, once for all drafts of a step."""
         output = declare(params.config).embedding
         shared = 0 if self.weights.output else math.prod(output.shape) * params.embedding.itemsize

@@ -69,9 +69,10 @@ class SelfSpeculative(BaseMethod):
         """Drafts and the pending token."""
         return self.sizes[-1]
 
-    def partial_bytes(self, params: Parameters) -> int:
-        """All weights but those of the sublayers left out."""
-        return weight_bytes(params, self.skip)
+    def partial_bytes(self, params: Parameters, cached: float) -> float:
+        """All weights, keys and values but those of the sublayers left out."""
+        kept = 1 - len(self.skip.attention) / params.config.num_layers
+        return weight_bytes(params, self.skip) + kept * cached
 
     def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
         """Needs the layers that it leaves out."""

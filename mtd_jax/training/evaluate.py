@@ -11,7 +11,7 @@ import jax
 from mtd_jax.decoding.generate import Completion, generate
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
-from mtd_jax.decoding.requests import Prompt
+from mtd_jax.decoding.requests import Prompt, without_cycles
 from mtd_jax.methods.autoregressive import Autoregressive
 from mtd_jax.training.step import Trainer
 from mtd_jax.transformer.model import Parameters, prepare_for_decoding
@@ -76,7 +76,7 @@ class Decoding:
         return generate(
             model,
             method,
-            self._prompts,
+            self._prompts if method.has_cycles else without_cycles(self._prompts),
             max_new_tokens=self._new_tokens,
             batch_size=len(self._prompts),
         )

@@ -54,7 +54,7 @@ class HeadsTraining:
         return self.spec.counts(batch)
 
     def loss(
-        self, trainable: Any, frozen: Any, batch: Packed, counts: Totals, key: jax.Array
+        self, trainable: Any, frozen: Any, batch: Packed, counts: Totals, key: jax.Array | None
     ) -> tuple[jax.Array, Totals]:
         """What the spec says."""
         del key

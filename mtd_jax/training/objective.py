@@ -45,12 +45,13 @@ class Objective(Protocol):
         """How much of each kind there is to learn in a batch; "loss" among them."""
 
     def loss(
-        self, trainable: Any, frozen: Any, batch: Packed, counts: Counts, key: jax.Array
+        self, trainable: Any, frozen: Any, batch: Packed, counts: Counts, key: jax.Array | None
     ) -> tuple[jax.Array, Totals]:
         """The batch's share of the loss and of the measurements.
 
         `counts` are those of everything that is averaged over, of which `batch` may be a part:
-        shares of parts add up to the whole. `key` is for objectives that draw.
+        shares of parts add up to the whole. `key` is for objectives that draw; None when they are
+        only measured.
         """
 
     def flops(self, trainable: Any, frozen: Any) -> float:
@@ -83,6 +84,8 @@ class FineTuning:
         Raises:
           InputError: a path that no weight's begins with, or nothing left to train.
         """
+        # Weights that are trained for other cycles, or for none, must not say the old ones.
+        params = params.replace(config=dataclasses.replace(params.config, cycles=self._cycles()))
         paths, leaves, structure = _named_leaves(params)
         for name in self.freeze:
             if not any(_begins(path, name) for path in paths):
@@ -94,12 +97,15 @@ class FineTuning:
         frozen = [leaf if s else None for s, leaf in zip(stays, leaves, strict=True)]
         return jax.tree.unflatten(structure, trainable), jax.tree.unflatten(structure, frozen)
 
+    def _cycles(self) -> CycleConfig | None:
+        return None
+
     def counts(self, batch: Packed) -> Counts:
         """Tokens to predict."""
         return {"loss": batch.targets()[1].sum(dtype=jnp.float32)}
 
     def loss(
-        self, trainable: Any, frozen: Any, batch: Packed, counts: Counts, key: jax.Array
+        self, trainable: Any, frozen: Any, batch: Packed, counts: Counts, key: jax.Array | None
     ) -> tuple[jax.Array, Totals]:
         """Mean cross-entropy of the next token."""
         del key
@@ -154,7 +160,8 @@ class CycleTuning(FineTuning):
     """The next token, by the whole model in cycles (`dmtd`); see `methods.dmtd`.
 
     One cross-entropy over all tokens. The loss of each place in a cycle is measured beside it:
-    `loss_first` of what a prompt's last row predicts, `loss_1` of what heads predict, and so on.
+    `loss_1` of what heads predict, `loss_2` of what the rows behind them do, and so on;
+    `loss_plain` of rows outside of cycles: a prompt's last one, or all of it where it is learned.
     """
 
     cycle: int = 4
@@ -169,39 +176,37 @@ class CycleTuning(FineTuning):
             cycle=self.cycle, early=self.early, late=self.late
         )  # refuses what no cycle can be
 
-    def split(self, params: Parameters) -> tuple[Any, Any]:
-        """By `freeze`; the config says from now on what the weights are trained for.
-
-        Raises:
-          InputError: no middle layers are left; and as for `FineTuning`.
-        """
-        cycles = CycleConfig(early=self.early, late=self.late, cycle=self.cycle, anchor=self.anchor)
-        config = dataclasses.replace(params.config, cycles=cycles)
-        return super().split(params.replace(config=config))
+    def _cycles(self) -> CycleConfig | None:
+        return CycleConfig(early=self.early, late=self.late, cycle=self.cycle, anchor=self.anchor)
 
     def counts(self, batch: Packed) -> Counts:
         """Tokens to predict, all and by place."""
         wanted = batch.targets()[1]
         kinds, names = self._kinds(self._places(batch, None))
         alone = {n: (wanted & (kinds == i)).sum(dtype=jnp.float32) for i, n in enumerate(names)}
-        return {**super().counts(batch), **({} if self.random_phase else alone)}
+        return {**super().counts(batch), **alone}
 
     def loss(
-        self, trainable: Any, frozen: Any, batch: Packed, counts: Counts, key: jax.Array
+        self, trainable: Any, frozen: Any, batch: Packed, counts: Counts, key: jax.Array | None
     ) -> tuple[jax.Array, Totals]:
         """Mean cross-entropy of the next token, from the late layers' output at every place."""
         params = joined(trainable, frozen)
         shift = None
-        if self.random_phase:
+        if self.random_phase and key is not None:
             shift = jax.random.randint(key, batch.tokens.shape[:1], 0, self.cycle)
         places = self._places(batch, shift)
-        x = cycle_hidden(params, batch, places, early=self.early, late=self.late, remat=self.remat)
+        x = self._forward(params, batch, places)
         kinds, names = self._kinds(places)
-        return self._loss(params, x, batch, counts, kinds, () if self.random_phase else names)
+        return self._loss(params, x, batch, counts, kinds, names if shift is None else ())
 
     def decoder(self, trainable: Any, frozen: Any) -> tuple[Parameters, Method]:
         """Decoding in the same cycles."""
         return joined(trainable, frozen), methods.dmtd(cycle=self.cycle)
+
+    def _forward(self, params: Parameters, batch: Packed, places: jax.Array) -> jax.Array:
+        return cycle_hidden(
+            params, batch, places, early=self.early, late=self.late, remat=self.remat
+        )
 
     def _places(self, batch: Packed, shift: jax.Array | None) -> jax.Array:
         return places_in_cycle(batch, self.cycle, self.anchor, shift)
@@ -210,7 +215,7 @@ class CycleTuning(FineTuning):
         named = tuple(str(place + 1) for place in range(self.cycle))
         if self.anchor == "sequence":
             return places, named
-        return jnp.where(places == PLAIN, self.cycle, places), (*named, "first")
+        return jnp.where(places == PLAIN, self.cycle, places), (*named, "plain")
 
 
 def make_objective(config: TrainConfig) -> Objective:

@@ -144,7 +144,7 @@ class Trainer:
     def measure(self, trainable: Any, frozen: Any, batch: Packed, counts: Counts) -> Totals:
         """The objective's measurements without an update; `counts` of all that is averaged over."""
         weights = _cast(trainable, self.compute)
-        return self.objective.loss(weights, frozen, batch, counts, jax.random.key(0))[1]
+        return self.objective.loss(weights, frozen, batch, counts, None)[1]
 
     def _update(self, state: TrainState, grads: Any, totals: Totals) -> tuple[TrainState, Totals]:
         norm = optax.tree.norm(grads)
