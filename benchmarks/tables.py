@@ -230,6 +230,19 @@ def cycles_quality() -> str:
     return _markdown(["steps", "thousand tokens", *runs], lines)
 
 
+def samples() -> str:
+    """Answers to the same prompts, shortened."""
+    result = _result("cpu-dmtd-samples")["rows"]
+    names = list(result[0]["answers"])
+    rows = ([_cell(row["prompt"]), *(_cell(row["answers"][n]) for n in names)] for row in result)
+    return _markdown(["prompt", *names], rows)
+
+
+def _cell(text: str, limit: int = 300) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} ..."
+
+
 def cycles_places() -> str:
     """Held-out loss of what each place in a cycle predicts, at the last step of each run."""
     head = [
@@ -242,7 +255,7 @@ def cycles_places() -> str:
     lines = []
     for label, name in list(_FINE_TUNED.items())[1:]:
         last = _result(name)["held_out"][-1]
-        keys = ["held_out_loss_first", *(f"held_out_loss_{n}" for n in (1, 2, 3, 4))]
+        keys = ["held_out_loss_plain", *(f"held_out_loss_{n}" for n in (1, 2, 3, 4))]
         cells = [f"{last[key]:.3f}" if key in last else "-" for key in keys]
         lines.append([label, str(last["step"]), *cells])
     return _markdown(head, lines)
@@ -262,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-dmtd-speed": cycles_speed,
     "cpu-dmtd-quality": cycles_quality,
     "cpu-dmtd-places": cycles_places,
+    "cpu-dmtd-samples": samples,
     "cpu-verify-cost": verify_cost,
     "pods": pods,
 }

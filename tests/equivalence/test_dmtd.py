@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtd_jax import Completion, Prompt, Sampling, generate, methods
+from mtd_jax import Completion, Prompt, Sampling, backend, generate, methods
 from mtd_jax.config import CycleConfig
 from mtd_jax.decoding.clock import Clock
 from mtd_jax.decoding.language_model import LanguageModel
@@ -229,6 +229,8 @@ def test_every_key_is_written_once(
         return write(self, layer, k, v, slots)
 
     monkeypatch.setattr(KVCache, "write", counting)
+    # Side by side, so that a row of a write is a row of the batch.
+    monkeypatch.setattr(backend, "reads_prompts_alone", lambda: False)
     method: Any = methods.dmtd(cycle=3, early=early, late=2, anchor=anchor)  # type: ignore[arg-type]
     params = _model().params
     tokens = jnp.asarray([[3, 4, 5, 6, 7], [9, 8, 7, 0, 0]], jnp.int32)
