@@ -192,8 +192,7 @@ def cycles_speed() -> str:
     rows = _result("cpu-dmtd-speed")["rows"]
     sizes = sorted({row["batch_size"] for row in rows})
     plain = {row["batch_size"]: row for row in rows if row["method"] == "ar"}
-    lines = [["ar: tokens/s", *(f"{plain[n]['decode_tokens_per_second']:.1f}" for n in sizes)]]
-    lines += [["ar: share of bandwidth", *(f"{plain[n]['roofline_share']:.0%}" for n in sizes)]]
+    lines = [["ar: share of bandwidth", *(f"{plain[n]['roofline_share']:.0%}" for n in sizes)]]
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "ar"):
         cells = []
         for row in (
