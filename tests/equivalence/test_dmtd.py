@@ -93,14 +93,12 @@ def _check(
 
 
 FAST = (("prompt", 0, 1, 3), ("sequence", 2, 2, 4))
+SLOW = (("prompt", 2, 1, 1), ("sequence", 0, 2, 6), ("prompt", 0, 2, 2), ("sequence", 2, 1, 5))
 
 
 @pytest.mark.parametrize(
     ("anchor", "early", "late", "cycle"),
-    [
-        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
-        for case in itertools.product(("prompt", "sequence"), (0, 2), (1, 2), (1, 2, 3, 4, 5, 6))
-    ],
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
 def test_decoding_is_the_training_forward(anchor: str, early: int, late: int, cycle: int) -> None:
     groups: dict[str, Any] = {"early": early, "late": late, "anchor": anchor}
@@ -112,6 +110,24 @@ def test_decoding_is_the_training_forward(anchor: str, early: int, late: int, cy
             first = -len(prompt) % cycle if anchor == "sequence" else 0
             steps = -(-(BUDGET - 1 - first) // cycle) + (first > 0)
             assert completion.metrics.forwards == 1 + steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("anchor", "early", "late"), list(itertools.product(("prompt", "sequence"), (0, 2), (1, 2)))
+)
+def test_every_cycle_in_every_grouping(anchor: str, early: int, late: int) -> None:
+    """Six rows of a batch have cycles of one to six: one program for all of them."""
+    groups: dict[str, Any] = {"early": early, "late": late, "anchor": anchor}
+    texts = [PROMPTS[i % len(PROMPTS)] for i in range(12)]
+    cycles = [1 + i % 6 for i in range(12)]
+    prompts = [
+        Prompt(str(i), token_ids=tuple(text), cycle=cycle)
+        for i, (text, cycle) in enumerate(zip(texts, cycles, strict=True))
+    ]
+    found = _decode(methods.dmtd(cycle=6, **groups), 6, prompts=prompts)
+    for text, cycle, completion in zip(texts, cycles, found, strict=True):
+        _check([completion], _model(), [text], cycle=cycle, **groups)
 
 
 @pytest.mark.parametrize(("early", "late"), [(0, 2), (2, 1)])
