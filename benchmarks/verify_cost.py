@@ -28,8 +28,8 @@ from shapes import random_model, whole_numbers  # type: ignore[import-not-found]
 import mtd_jax as mtd
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding import engine
-from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
-from mtd_jax.decoding.prompt import first_state, read_prompt
+from mtd_jax.decoding.base_method import BaseMethod
+from mtd_jax.decoding.method import DecodeState, Requests
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.decoding.speculative import verify_drafts
 from mtd_jax.decoding.tree import TokenTree
@@ -49,23 +49,6 @@ class Rows(BaseMethod):
     def max_emit(self) -> int:
         """Drafts and the bonus token."""
         return self.rows
-
-    @property
-    def rows_per_step(self) -> int:
-        """A slot a row."""
-        return self.rows
-
-    def prefill(
-        self,
-        params: Parameters,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        requests: Requests,
-        capacity: int,
-    ) -> DecodeState:
-        """Reads the prompts."""
-        last, cache = read_prompt(params, tokens, lengths, capacity)
-        return first_state(params, last, cache, tokens, requests, self.max_emit)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Verifies rows without a draft on them, which costs what wrong drafts cost."""

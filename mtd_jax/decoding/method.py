@@ -8,7 +8,8 @@ Training differentiates with respect to the method and leaves the base frozen by
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from flax import struct
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.penalties import History
 from mtd_jax.decoding.sampling import SamplingRows
-from mtd_jax.errors import InputError
 from mtd_jax.sharding import constrain
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters
@@ -131,27 +131,12 @@ class DecodeState(struct.PyTreeNode):
         return self.replace(cache=cache, requests=requests, **rest)
 
 
+Extend: TypeAlias = Callable[..., tuple[jax.Array, KVCache]]
+"""How rows pass the layers: `transformer.model.extend`, or what a method has in its place."""
+
+
 def _by_row(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
-
-
-class BaseMethod(struct.PyTreeNode):
-    """What most methods answer alike."""
-
-    name: ClassVar[str]
-    has_cycles: ClassVar[bool] = False
-
-    def partial_bytes(self, params: Parameters, cached: float) -> float:
-        """All passes run the whole model."""
-        return 0.0
-
-    def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
-        """Fits every model; only DMTD has cycles."""
-        if cycles:
-            raise InputError(
-                f"a prompt asks for a cycle of {min(cycles)}; {self.name} has no cycles"
-            )
-        return None
 
 
 @runtime_checkable
@@ -160,6 +145,9 @@ class Method(Protocol):
 
     name: ClassVar[str]
     """The command line's name for it."""
+
+    has_cycles: ClassVar[bool]
+    """Whether prompts may ask for a cycle."""
 
     @property
     def lossless(self) -> bool:
@@ -172,9 +160,6 @@ class Method(Protocol):
     @property
     def rows_per_step(self) -> int:
         """The most cache slots that a step writes behind a row's committed length."""
-
-    has_cycles: ClassVar[bool]
-    """Whether prompts may ask for a cycle."""
 
     def partial_bytes(self, params: Parameters, cached: float) -> float:
         """Bytes that one of the `Tally.partial` passes reads.
@@ -213,7 +198,6 @@ class Method(Protocol):
         """Emits 1..E tokens for every active row, none for the others.
 
         Moves `cache.length` by as many, and says in `drafted` how many drafts it verified and in
-        `partial` how many passes through a part of the layers it took. May
-        overshoot a budget or a stop id: the engine cuts what was emitted. The engine keeps `text`,
-        `tally` and `requests`.
+        `partial` how many passes through a part of the layers it took. May overshoot a budget or a
+        stop id: the engine cuts what was emitted. The engine keeps `text`, `tally` and `requests`.
         """

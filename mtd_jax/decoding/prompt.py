@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mtd_jax import backend
-from mtd_jax.decoding.method import DecodeState, Requests, Tally
+from mtd_jax.decoding.method import DecodeState, Extend, Requests, Tally
 from mtd_jax.decoding.penalties import History, penalized
 from mtd_jax.decoding.sampling import sample
 from mtd_jax.transformer.cache import KVCache
@@ -39,7 +39,7 @@ def read_prompt(
     tokens: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     capacity: int,
-    extend: Callable[..., tuple[jax.Array, KVCache]] = extend,
+    extend: Extend = extend,
     **by_row: Array,
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Runs the prompts through the model, a chunk at a time.
@@ -91,7 +91,7 @@ def _read_chunks(
     tokens: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     size: int,
-    extend: Callable[..., tuple[jax.Array, KVCache]],
+    extend: Extend,
     by_row: Mapping[str, Array],
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """`read_prompt` for rows side by side, `size` of their tokens at a time."""

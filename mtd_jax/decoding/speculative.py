@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.decoding import verify
-from mtd_jax.decoding.method import DecodeState
+from mtd_jax.decoding.method import DecodeState, Extend
 from mtd_jax.decoding.penalties import penalized
 from mtd_jax.decoding.sampling import log_probabilities, position_keys, sample
 from mtd_jax.decoding.tree import TokenTree
@@ -19,7 +19,6 @@ from mtd_jax.transformer.model import Parameters, extend, unembed
 from mtd_jax.typing import Array, Float, Int, Leaf
 
 Acceptance: TypeAlias = Literal["exact", "typical"]
-Extend: TypeAlias = Callable[..., tuple[jax.Array, KVCache]]
 
 
 class Pass(struct.PyTreeNode):

@@ -6,12 +6,11 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
+from mtd_jax.decoding.base_method import BaseMethod
+from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.penalties import penalized
-from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.decoding.sampling import sample
 from mtd_jax.transformer.model import Parameters, extend, unembed
-from mtd_jax.typing import Array, Int
 
 
 class Autoregressive(BaseMethod):
@@ -24,23 +23,6 @@ class Autoregressive(BaseMethod):
     def max_emit(self) -> int:
         """One token a step."""
         return 1
-
-    @property
-    def rows_per_step(self) -> int:
-        """One cache slot a step."""
-        return 1
-
-    def prefill(
-        self,
-        params: Parameters,
-        tokens: Int[Array, "B P"],
-        lengths: Int[Array, " B"],
-        requests: Requests,
-        capacity: int,
-    ) -> DecodeState:
-        """Reads the prompts and draws the first token of each."""
-        last, cache = read_prompt(params, tokens, lengths, capacity)
-        return first_state(params, last, cache, tokens, requests, self.max_emit)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Runs the pending token of every row and draws the next one."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.decoding.adaptive import AcceptanceRates, best_size, urgency
-from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
-from mtd_jax.decoding.prompt import first_state, read_prompt
+from mtd_jax.decoding.base_method import BaseMethod
+from mtd_jax.decoding.method import DecodeState, Requests
 from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_drafts
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.transformer.model import Parameters
-from mtd_jax.typing import Array, Int
+from mtd_jax.typing import Array, Float, Int
 
 
 class Copying(BaseMethod):
@@ -49,22 +50,19 @@ class Copying(BaseMethod):
         """Every node takes a cache slot."""
         return self.tree.size
 
+    @abc.abstractmethod
     def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, " B"]]:
         """Drafts for nodes 1, 2, ... (-1: none), and the length of their match: 0..longest."""
-        raise NotImplementedError
 
-    def prefill(
+    def kept(
         self,
         params: Parameters,
-        tokens: Int[Array, "B P"],
+        last: Float[Array, "B D"],
         lengths: Int[Array, " B"],
         requests: Requests,
-        capacity: int,
-    ) -> DecodeState:
-        """Reads the prompts and draws the first token of each."""
-        last, cache = read_prompt(params, tokens, lengths, capacity)
-        rates = AcceptanceRates.empty(tokens.shape[0], self.longest + 1)
-        return first_state(params, last, cache, tokens, requests, self.max_emit, rates)
+    ) -> AcceptanceRates:
+        """How often drafts of each length of match were right."""
+        return AcceptanceRates.empty(last.shape[0], self.longest + 1)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Copies drafts out of the text and verifies the number of them that pays."""

@@ -26,10 +26,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.config import Anchor, CycleConfig, ModelConfig
+from mtd_jax.decoding.base_method import BaseMethod
 from mtd_jax.decoding.draft_chain import draw_chain
-from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
+from mtd_jax.decoding.method import DecodeState, Requests
 from mtd_jax.decoding.penalties import penalized
-from mtd_jax.decoding.prompt import first_state, read_prompt
+from mtd_jax.decoding.prompt import read_prompt
 from mtd_jax.decoding.sampling import sample
 from mtd_jax.decoding.speculative import verify_draws
 from mtd_jax.decoding.traffic import weight_bytes
@@ -144,11 +145,6 @@ class DMTD(BaseMethod):
         """A whole cycle."""
         return self.cycle
 
-    @property
-    def rows_per_step(self) -> int:
-        """The slots of a cycle."""
-        return self.cycle
-
     def partial_bytes(self, params: Parameters, cached: float) -> float:
         """Early and late layers, their keys and values, and the output head."""
         groups, layers = self.groups(params.config), params.config.num_layers
@@ -199,19 +195,17 @@ class DMTD(BaseMethod):
             )
         return None
 
-    def prefill(
+    def read(
         self,
         params: Parameters,
         tokens: Int[Array, "B P"],
         lengths: Int[Array, " B"],
         requests: Requests,
         capacity: int,
-    ) -> DecodeState:
-        """Reads the prompts: as plain rows, or in cycles, where those start with the text."""
-        batch, config = tokens.shape[0], params.config
-        cycle = jnp.full(batch, self.cycle, jnp.int32)
-        if requests.cycle is not None:
-            cycle = jnp.where(requests.cycle > 0, requests.cycle, cycle)
+    ) -> tuple[Float[Array, "B D"], KVCache]:
+        """The prompts as plain rows, or in cycles, where those start with the text."""
+        if self.groups(params.config).anchor == "prompt":
+            return read_prompt(params, tokens, lengths, capacity)
 
         def in_cycles(
             params: Parameters,
@@ -226,13 +220,26 @@ class DMTD(BaseMethod):
             places = jnp.zeros_like(places) if self.lossless else places
             return self._walk(params, cache, tokens, places, context=context)
 
-        if self.groups(config).anchor == "prompt":
-            last, cache = read_prompt(params, tokens, lengths, capacity)
-        else:
-            last, cache = read_prompt(params, tokens, lengths, capacity, in_cycles, cycle=cycle)
-        waiting = jnp.zeros((batch, self.cycle, config.hidden_size), params.embedding.dtype)
-        extra = _Refill(waiting=waiting, middle_length=lengths, cycle=cycle)
-        return first_state(params, last, cache, tokens, requests, self.max_emit, extra)
+        cycle = self._cycles(requests)
+        return read_prompt(params, tokens, lengths, capacity, in_cycles, cycle=cycle)
+
+    def kept(
+        self,
+        params: Parameters,
+        last: Float[Array, "B D"],
+        lengths: Int[Array, " B"],
+        requests: Requests,
+    ) -> _Refill:
+        """Nothing waits for the middle layers: they have seen the prompts."""
+        waiting = jnp.zeros((last.shape[0], self.cycle, last.shape[1]), last.dtype)
+        return _Refill(waiting=waiting, middle_length=lengths, cycle=self._cycles(requests))
+
+    def _cycles(self, requests: Requests) -> Int[Array, " B"]:
+        """Tokens of each row's cycle."""
+        own = jnp.full(requests.budget.shape, self.cycle, jnp.int32)
+        if requests.cycle is None:
+            return own
+        return jnp.where(requests.cycle > 0, requests.cycle, own)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """One cycle, up to the next head."""

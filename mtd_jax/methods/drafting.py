@@ -6,6 +6,7 @@ from it: a few guesses for each of the next places, which a static tree combines
 
 from __future__ import annotations
 
+import abc
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,8 @@ from flax import struct
 
 from mtd_jax import backend
 from mtd_jax.decoding.adaptive import Yields, best_tree_index, urgency
-from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
-from mtd_jax.decoding.prompt import first_state, read_prompt
+from mtd_jax.decoding.base_method import BaseMethod
+from mtd_jax.decoding.method import DecodeState, Requests
 from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_pass
 from mtd_jax.decoding.tree import TokenTree, build_tree
 from mtd_jax.errors import InputError
@@ -94,28 +95,23 @@ class RowDrafting(BaseMethod):
         """Every node takes a cache slot."""
         return self.sizes[-1]
 
+    @abc.abstractmethod
     def guesses(
         self, params: Parameters, row: Float[Array, "B D"], ranks: int
     ) -> Int[Array, "B depth ranks"]:
         """Different tokens for each place behind the one drawn from `row`, likeliest first."""
-        raise NotImplementedError
 
-    def prefill(
+    def kept(
         self,
         params: Parameters,
-        tokens: Int[Array, "B P"],
+        last: Float[Array, "B D"],
         lengths: Int[Array, " B"],
         requests: Requests,
-        capacity: int,
-    ) -> DecodeState:
-        """Reads the prompts, draws the first token of each and drafts what follows it."""
-        last, cache = read_prompt(params, tokens, lengths, capacity)
-        known = _Known(
-            guesses=self._guessed(params, last),
-            row=last,
-            yields=Yields.empty(tokens.shape[0]),
+    ) -> _Known:
+        """What follows the first token, guessed from the prompt's last row."""
+        return _Known(
+            guesses=self._guessed(params, last), row=last, yields=Yields.empty(last.shape[0])
         )
-        return first_state(params, last, cache, tokens, requests, self.max_emit, known)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Verifies the tree that pays and drafts from the last token that was kept."""

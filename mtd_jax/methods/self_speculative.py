@@ -17,9 +17,9 @@ from flax import struct
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.adaptive import AcceptanceRates, best_size, urgency
+from mtd_jax.decoding.base_method import BaseMethod
 from mtd_jax.decoding.draft_chain import draw_chain
-from mtd_jax.decoding.method import BaseMethod, DecodeState, Requests
-from mtd_jax.decoding.prompt import first_state, read_prompt
+from mtd_jax.decoding.method import DecodeState, Requests
 from mtd_jax.decoding.speculative import in_place_switch, verify_drafts, verify_draws
 from mtd_jax.decoding.traffic import weight_bytes
 from mtd_jax.decoding.tree import TokenTree
@@ -27,7 +27,7 @@ from mtd_jax.errors import InputError
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, extend
 from mtd_jax.transformer.stack import Skip
-from mtd_jax.typing import Array, Int, Leaf
+from mtd_jax.typing import Array, Float, Int, Leaf
 
 _THRESHOLD_STEP = 0.01
 _THRESHOLD_SMOOTHING = 0.9
@@ -64,11 +64,6 @@ class SelfSpeculative(BaseMethod):
         """All drafts and the bonus token."""
         return self.sizes[-1]
 
-    @property
-    def rows_per_step(self) -> int:
-        """Drafts and the pending token."""
-        return self.sizes[-1]
-
     def partial_bytes(self, params: Parameters, cached: float) -> float:
         """All weights, keys and values but those of the sublayers left out."""
         kept = 1 - len(self.skip.attention) / params.config.num_layers
@@ -82,23 +77,20 @@ class SelfSpeculative(BaseMethod):
                 raise InputError(f"cannot skip layer {layer}: the model has layers 0..{last}")
         return super().check(config, cycles)
 
-    def prefill(
+    def kept(
         self,
         params: Parameters,
-        tokens: Int[Array, "B P"],
+        last: Float[Array, "B D"],
         lengths: Int[Array, " B"],
         requests: Requests,
-        capacity: int,
-    ) -> DecodeState:
-        """Reads the prompts and draws the first token of each."""
-        last, cache = read_prompt(params, tokens, lengths, capacity)
-        batch = tokens.shape[0]
-        adaptation = _Adaptation(
+    ) -> _Adaptation:
+        """Thresholds and rates before anything is known."""
+        batch = last.shape[0]
+        return _Adaptation(
             threshold=jnp.broadcast_to(self.threshold, (batch,)),
             acceptance=jnp.full(batch, self.target_acceptance, jnp.float32),
             rates=AcceptanceRates.empty(batch, 1),
         )
-        return first_state(params, last, cache, tokens, requests, self.max_emit, adaptation)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Drafts until no row is sure any more, then verifies."""
