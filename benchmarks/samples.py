@@ -34,7 +34,7 @@ def main() -> None:
         name, _, rest = answer.partition("=")
         path, _, method = rest.rpartition(":")
         model = mtd.load(path)
-        made = choose_method(method, None, {}, method, path).made(model)
+        made = choose_method(method, None, {}, method).made(model)
         found = mtd.generate(model, made, prompts, max_new_tokens=args.max_new_tokens)
         answers[name] = [completion.text for completion in found]
     rows = [

@@ -242,6 +242,23 @@ def _cell(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} ..."
 
 
+def corpus() -> str:
+    """Documents and tokens by kind of text."""
+    result = _result("corpus")
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for source in result["sources"].values():
+        kinds.setdefault(source["kind"], []).append(source)
+    sums = {kind: _sums(parts) for kind, parts in kinds.items()}
+    rows = [[kind, *cells] for kind, cells in sums.items()]
+    rows.append(["all", *_sums([result["total"]])])
+    return _markdown(["", "tokens", "documents", "held out", "prompts"], rows)
+
+
+def _sums(parts: list[dict[str, Any]]) -> list[str]:
+    names = ("tokens", "train_documents", "held_out_documents", "prompts")
+    return [f"{sum(part.get(name, 0) for part in parts):,}" for name in names]
+
+
 def cycles_places() -> str:
     """Held-out loss of what each place in a cycle predicts, at the last step of each run."""
     head = [
@@ -261,6 +278,7 @@ def cycles_places() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "corpus": corpus,
     "cpu-layouts": layouts,
     "cpu-peers": peers,
     "cpu-ar": autoregressive,

@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import time
-import tomllib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +25,7 @@ from flax import struct
 from shapes import random_model, whole_numbers  # type: ignore[import-not-found]
 
 import mtd_jax as mtd
-from mtd_jax.config import ModelConfig
+from mtd_jax.config import read_shape
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.base_method import BaseMethod
 from mtd_jax.decoding.method import DecodeState, Requests
@@ -112,7 +111,7 @@ def main() -> None:
     if args.model is not None:
         model, name = mtd.load(args.model, dtype=args.dtype), args.model.name
     else:
-        config = ModelConfig.from_dict(tomllib.loads(args.config.read_text(encoding="utf-8")))
+        config = read_shape(args.config)
         model, name = random_model(config, args.dtype, args.config.stem), args.config.stem
     batch, prompt = args.batch_size, args.prompt_tokens
     found = measure(model, args.rows, batch, prompt, args.steps, args.rounds)

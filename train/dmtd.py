@@ -27,7 +27,7 @@ from mtd_jax.convert.atomic import check_free
 from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
 from mtd_jax.convert.load import load_as_stored
-from mtd_jax.methods.dmtd import cycle_hidden, places_in_cycle
+from mtd_jax.methods.cycles import cycle_hidden, places_in_cycle
 from mtd_jax.training.batches import batches
 from mtd_jax.training.config import DataConfig
 from mtd_jax.training.data import prepare
@@ -40,7 +40,7 @@ def loss(params: Parameters, batch: Packed) -> jax.Array:
     """Mean cross-entropy of the next token, heads and late-only rows alike."""
     cycles = params.config.cycles
     assert cycles is not None
-    places = places_in_cycle(batch, cycles.cycle, cycles.anchor or "prompt")
+    places = places_in_cycle(batch, cycles.cycle, cycles.anchor)
     hidden = cycle_hidden(params, batch, places, early=cycles.early, late=cycles.late)
     targets, wanted = batch.targets()
     sums = cross_entropy(params, hidden, targets, wanted, chunk=256)

@@ -15,7 +15,6 @@ from mtd_jax.cli import arguments
 from mtd_jax.config import ModelConfig, read_shape
 from mtd_jax.convert.atomic import write_file
 from mtd_jax.convert.load import read_description
-from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment, pods
 from mtd_jax.evaluation.pods_report import to_json
 from mtd_jax.sharding import RULES, parse_mesh
@@ -66,10 +65,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `mtd compile`."""
-    for name in ("decode_batch", "decode_length"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    arguments.check_positive(args, "decode_batch", "decode_length")
     sizes = parse_mesh(args.decode_mesh) if args.decode_mesh else {}
     config = read_config(args.config, args.set)
     model = _model(config.model)

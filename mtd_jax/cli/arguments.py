@@ -132,6 +132,14 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
     return options
 
 
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises InputError for a number below 1; None is none."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
 def existing_path(text: str, what: str) -> Path:
     """The path, if something is there.
 

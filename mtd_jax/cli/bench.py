@@ -82,17 +82,14 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.stop:
         raise InputError("bench does not take --stop")
-    for name in ("repeats", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
+    arguments.check_positive(args, "repeats", "limit")
     for path in filter(None, (args.out, args.plot)):
         if Path(path).is_dir() or not Path(path).parent.is_dir():
             raise InputError(f"cannot write {path}: it is a directory, or is in none")
     if args.plot is not None:
         plot.check_drawable(Path(args.plot))
     sampling = sampling_of(args)
-    choices = _choices(args.methods, args.heads, args.model)
+    choices = _choices(args.methods, args.heads)
     sizes = _different([_positive(text) for text in args.batch_sizes.split(",")], "--batch-sizes")
     prompts = read_prompts(args.prompts)[: args.limit]
     model = open_model(args)
@@ -166,7 +163,7 @@ class _Fitter:
         return method
 
 
-def _choices(text: str, heads: Sequence[str], model: str) -> list[Choice]:
+def _choices(text: str, heads: Sequence[str]) -> list[Choice]:
     """The methods of `ar,ngram:drafts=4,...`, each with the heads that are for it."""
     labels = _different(text.split(","), "--methods")
     by_method = {read_method(arguments.existing_path(h, "heads")).method: h for h in heads}
@@ -177,7 +174,7 @@ def _choices(text: str, heads: Sequence[str], model: str) -> list[Choice]:
         name, *options = label.split(":")
         directory = by_method.get(name)
         given = arguments.parse_options(options)
-        choices.append(choose_method(name, directory, given, label, model))
+        choices.append(choose_method(name, directory, given, label))
     names = {label.split(":")[0] for label in labels}
     for name, directory in by_method.items():
         if name not in names:

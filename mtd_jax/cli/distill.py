@@ -95,10 +95,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    for name in ("limit", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    arguments.check_positive(args, "limit", "batch_size")
     names = [field.name for field in dataclasses.fields(Recipe) if field.name != "temperatures"]
     recipe = Recipe(
         temperatures=_temperatures(args.temperatures), **{n: getattr(args, n) for n in names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import warnings
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +20,7 @@ from mtd_jax.cli.session import (
     open_method,
     open_model,
 )
-from mtd_jax.decoding.method import Method
+from mtd_jax.decoding.method import Method, check
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation.harness import run_tasks
 from mtd_jax.evaluation.text_loss import text_loss, text_rows
@@ -76,10 +75,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    for name in ("batch_size", "length", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    arguments.check_positive(args, "batch_size", "length", "limit")
     if args.few_shot is not None and args.few_shot < 0:
         raise InputError("--few-shot must be at least 0")
     if not args.text and not args.tasks:
@@ -87,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {"model": args.model, "method": args.method, "text": args.text}
     if args.baseline is not None:
         existing_path(args.baseline, "model")
-    method, found = _measured(args, open_method(args))
+    method, found = _measured(args, args.model, open_method(args))
     report |= found
     if args.baseline is not None:
-        args.model = args.baseline
-        _, base = _measured(args, choose_method("ar", None, {}, "ar"), places_of=method)
+        plain = choose_method("ar", None, {}, "ar")
+        _, base = _measured(args, args.baseline, plain, places_of=method)
         report["baseline"] = {"model": args.baseline, **base}
         report["retention"] = _retention(report, base)
     if args.json:
@@ -102,20 +98,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured(
-    args: argparse.Namespace, choice: Choice, places_of: Method | None = None
+    args: argparse.Namespace, path: str, choice: Choice, places_of: Method | None = None
 ) -> tuple[Method, dict[str, Any]]:
     """The method; losses on texts and metrics of tasks, JSON-ready."""
-    model = open_model(args)
+    model = open_model(args, path)
     method = choice.made(model)
-    notice = method.check(model.config, frozenset())
-    if notice is not None:
-        warnings.warn(notice, UserWarning, stacklevel=2)
+    check(method, model.config)
     found: dict[str, Any] = {}
     console = Console(stderr=True)
     # Where nobody looks, a bar that an error ends would leave an empty line before it.
     hidden = args.json or not console.is_terminal
     with Progress(console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(f"{args.model}", total=None)
+        task = bar.add_task(path, total=None)
         if args.text:
             data = DataConfig(train=tuple(args.text), length=args.length, loss=args.loss)
             rows = text_rows(model, data, cache_directory() / "tokens")

@@ -15,7 +15,7 @@ import jax
 from mtd_jax import methods, sharding
 from mtd_jax.cli.arguments import existing_path, parse_options
 from mtd_jax.convert.heads import load_heads, shipped_heads
-from mtd_jax.convert.load import load, read_description
+from mtd_jax.convert.load import load
 from mtd_jax.convert.method_files import MethodFile, read_method
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
@@ -38,12 +38,12 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def open_model(args: argparse.Namespace) -> LanguageModel:
-    """The model of --model, --dtype and --mesh."""
+def open_model(args: argparse.Namespace, path: str | None = None) -> LanguageModel:
+    """The model of --model (or another one), --dtype and --mesh."""
     use_compilation_cache()
-    path = existing_path(args.model, "model")
+    where = existing_path(args.model if path is None else path, "model")
     mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh)) if args.mesh is not None else None
-    return load(path, dtype=args.dtype, mesh=mesh)
+    return load(where, dtype=args.dtype, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Choice:
         if self.file is not None and self.heads is not None:
             self.file.check_base(model.fingerprint, self.heads)
         if self.name not in methods.SPECS:
-            return methods.make_method(self.name, self.options)
+            trained = methods.trained_options(self.name, model.config)
+            return methods.make_method(self.name, {**trained, **self.options})
         directory = self.heads or shipped_heads(self.name, model)
         if directory is None:
             raise InputError(
@@ -91,21 +92,13 @@ class Choice:
         return fitted
 
 
-def choose_method(
-    name: str, heads: str | None, options: Mapping[str, str], label: str, model: str | None = None
-) -> Choice:
-    """The method of that name with the options of its heads or weights and, over them, `options`.
+def choose_method(name: str, heads: str | None, options: Mapping[str, str], label: str) -> Choice:
+    """The method of that name with the options of its heads and, over them, `options`.
 
     What needs no weights is checked now, before any are loaded.
-
-    Args:
-      model: path of the weights, which say what cycles they were trained for.
     """
     file = directory = None
     known: Mapping[str, Any] = options
-    if name == "dmtd" and model is not None:
-        cycles = read_description(existing_path(model, "model"))[0].cycles
-        known = options if cycles is None else {"cycle": cycles.cycle, **options}
     if heads is not None:
         directory = existing_path(heads, "heads")
         file = read_method(directory)
@@ -123,7 +116,7 @@ def choose_method(
 def open_method(args: argparse.Namespace) -> Choice:
     """The method of --method, --heads and --option."""
     options = parse_options(args.option)
-    return choose_method(args.method, args.heads, options, args.method, args.model)
+    return choose_method(args.method, args.heads, options, args.method)
 
 
 def typical_length(

@@ -16,7 +16,6 @@ from mtd_jax.convert.atomic import write_file
 from mtd_jax.convert.method_files import MethodFile, write_method
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import Prompt, read_prompts
-from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment
 from mtd_jax.evaluation.tune_skip import Candidate, SkipSearch
 
@@ -72,10 +71,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `mtd tune self-speculative`."""
-    for name in ("limit", "max_new_tokens", "evaluations"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    arguments.check_positive(args, "limit", "max_new_tokens", "evaluations")
     prompts = read_prompts(args.prompts)[: args.limit]
     model = open_model(args)
     out = Path(args.out)

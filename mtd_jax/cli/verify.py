@@ -11,7 +11,6 @@ from rich.console import Console
 from mtd_jax.cli import arguments
 from mtd_jax.cli.session import open_method, open_model, typical_length
 from mtd_jax.decoding.requests import read_prompts
-from mtd_jax.errors import InputError
 from mtd_jax.evaluation.losslessness import LosslessReport, verify
 
 _DESCRIPTION = """\
@@ -52,10 +51,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit must be at least 1, got {args.limit}")
+    arguments.check_positive(args, "batch_size", "limit")
     choice = open_method(args)
     prompts = read_prompts(args.prompts)[: args.limit]
     model = open_model(args)

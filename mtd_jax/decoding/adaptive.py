@@ -91,7 +91,7 @@ def best_size(
     rate = jnp.clip(rate, 0.0, 0.999)[None, :]
     # 1 + r + r^2 + ... + r^n
     tokens = (1.0 - rate ** (usable + 1.0)) / (1.0 - rate)
-    return jnp.argmax(jnp.sum(tokens * weight[None, :], axis=1) / costs).astype(jnp.int32)
+    return _best(tokens, costs, weight)
 
 
 class Yields(struct.PyTreeNode):
@@ -139,4 +139,10 @@ def best_tree_index(
       weight: what a token of each row counts (`urgency`).
     """
     tokens = 1.0 + expected[:, None] * ratio[None, :]
+    return _best(tokens, costs, weight)
+
+
+def _best(
+    tokens: Float[Array, "choices B"], costs: Float[Array, " choices"], weight: Float[Array, " B"]
+) -> Int[Array, ""]:
     return jnp.argmax(jnp.sum(tokens * weight[None, :], axis=1) / costs).astype(jnp.int32)

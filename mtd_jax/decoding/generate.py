@@ -7,7 +7,6 @@ Streaming and whole runs are one code path. `stream` yields what every drain of 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias, cast, overload
 
@@ -19,7 +18,7 @@ from mtd_jax import backend
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.clock import Clock
 from mtd_jax.decoding.language_model import LanguageModel
-from mtd_jax.decoding.method import DecodeState, Method, Requests, Tally
+from mtd_jax.decoding.method import DecodeState, Method, Requests, Tally, check
 from mtd_jax.decoding.metrics import Metrics
 from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.requests import (
@@ -140,9 +139,7 @@ def generate(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     stop = [stop] if isinstance(stop, str) else stop
     requests = _encode_all(model, prompts, max_new_tokens, chat)
-    notice = method.check(model.config, frozenset(r.cycle for r in requests if r.cycle))
-    if notice is not None:
-        warnings.warn(notice, UserWarning, stacklevel=2)
+    check(method, model.config, frozenset(r.cycle for r in requests if r.cycle))
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(requests):
         raise InputError(f"{len(samplings)} sampling values for {len(requests)} prompts")

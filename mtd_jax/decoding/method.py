@@ -8,6 +8,7 @@ Training differentiates with respect to the method and leaves the base frozen by
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -201,3 +202,10 @@ class Method(Protocol):
         `partial` how many passes through a part of the layers it took. May overshoot a budget or a
         stop id: the engine cuts what was emitted. The engine keeps `text`, `tally` and `requests`.
         """
+
+
+def check(method: Method, config: ModelConfig, cycles: frozenset[int] = frozenset()) -> None:
+    """`Method.check`, its notice given as a warning to the caller's caller."""
+    notice = method.check(config, cycles)
+    if notice is not None:
+        warnings.warn(notice, UserWarning, stacklevel=3)

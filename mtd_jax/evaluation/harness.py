@@ -23,13 +23,12 @@ from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.requests import Prompt
 from mtd_jax.decoding.sampling import Sampling
 from mtd_jax.errors import InputError
-from mtd_jax.methods.dmtd import DMTD, PLAIN, cycle_hidden, places_in_cycle
+from mtd_jax.evaluation.forward import cycles_of, decoded_hidden
 from mtd_jax.transformer.model import Parameters, unembed
-from mtd_jax.transformer.packed import Packed
+from mtd_jax.transformer.packed import unpacked
 from mtd_jax.typing import Array, Int
 
 _NEW_TOKENS = 256
-_PLAIN_CYCLES = CycleConfig(early=0, late=1, cycle=1, anchor="prompt")
 
 
 def run_tasks(
@@ -133,12 +132,7 @@ class Answerer:
         """`chat`: contexts are written by the chat template, special tokens and all."""
         self._model, self._method, self._batch_size = model, method, batch_size
         self._chat, self._progress, self._done = chat, progress, 0
-        cycles = _PLAIN_CYCLES
-        if isinstance(method, DMTD):
-            cycles = method.groups(model.config)
-            if method.lossless:
-                cycles = CycleConfig(cycles.early, cycles.late, 1, cycles.anchor)
-        self._cycles, self._plain = cycles, not isinstance(method, DMTD)
+        self._cycles = cycles_of(method, model.config)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """log p(continuation given context), and whether greedy decoding would say it."""
@@ -234,7 +228,6 @@ class Answerer:
                     jnp.asarray(contexts),
                     jnp.asarray(lengths),
                     self._cycles,
-                    self._plain,
                     min(answer, width),
                 )
             )
@@ -245,24 +238,17 @@ class Answerer:
         return found
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _score(
     params: Parameters,
     tokens: Int[Array, "B T"],
     contexts: Int[Array, " B"],
     lengths: Int[Array, " B"],
-    cycles: CycleConfig,
-    plain: bool,
+    cycles: CycleConfig | None,
     width: int,
 ) -> tuple[jax.Array, jax.Array]:
     """[B, width] log-probabilities of the tokens behind each context, and whether likeliest."""
-    order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-    answer = order >= contexts[:, None]
-    segments = (order < lengths[:, None]).astype(jnp.int32)
-    batch = Packed(tokens, segments, order, answer, answer)
-    places = places_in_cycle(batch, cycles.cycle, cycles.anchor or "prompt")
-    places = jnp.full_like(places, PLAIN) if plain else places
-    hidden = cycle_hidden(params, batch, places, early=cycles.early, late=cycles.late)
+    hidden = decoded_hidden(params, unpacked(tokens, contexts, lengths), cycles)
     rows = contexts[:, None] - 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
     last = tokens.shape[1] - 1
     x = jnp.take_along_axis(hidden, jnp.minimum(rows, last)[:, :, None], axis=1)

@@ -16,10 +16,10 @@ from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.requests import AnyPrompt, as_prompt, encode, without_cycles
 from mtd_jax.decoding.score import logits
+from mtd_jax.evaluation.forward import cycles_of, decoded_hidden
 from mtd_jax.methods import reference
-from mtd_jax.methods.dmtd import DMTD, PLAIN, cycle_hidden
 from mtd_jax.transformer.model import unembed
-from mtd_jax.transformer.packed import Packed
+from mtd_jax.transformer.packed import unpacked
 
 FLOAT32_GAP = 1e-4
 """Logits nearer than this are a tie that the rounding of a product with more rows may break."""
@@ -132,27 +132,18 @@ def compare(
     padded = min(padded, model.config.context_length)
     ids = np.zeros((model.batch_multiple, padded), np.int32)
     ids[:, : len(text)] = text
-    if isinstance(method, DMTD):
-        row = _row_of_heads(model, method, ids, len(prompt), len(text) - 1)
-    else:
+    cycles = None if method is None else cycles_of(reference(method), model.config)
+    if cycles is None:
         row = np.asarray(logits(model, ids)[0, len(text) - 1])
+    else:
+        prompts, lengths = (jnp.full(len(ids), n, jnp.int32) for n in (len(prompt), len(text)))
+        with model.on_mesh():
+            batch = unpacked(jnp.asarray(ids), prompts, lengths)
+            hidden = decoded_hidden(model.params, batch, cycles)
+            row = np.asarray(unembed(model.params, hidden[:, len(text) - 1]))[0]
     lower = min(row[ours.token_ids[position]], row[plain.token_ids[position]])
     gap = float(row.max() - lower)
     return Comparison(plain.id, tokens, False, position, gap, _allowed(model, float(row.max())))
-
-
-def _row_of_heads(
-    model: LanguageModel, method: DMTD, ids: np.ndarray, prompt: int, row: int
-) -> np.ndarray:
-    """[V] logits at a row of a text whose rows behind the prompt are all heads."""
-    groups = method.groups(model.config)
-    order = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
-    answer = order >= (prompt if groups.anchor == "prompt" else 0)
-    batch = Packed(jnp.asarray(ids), jnp.ones_like(order), order, answer, answer)
-    places = jnp.where(answer, 0, PLAIN)
-    with model.on_mesh():
-        hidden = cycle_hidden(model.params, batch, places, early=groups.early, late=groups.late)
-        return np.asarray(unembed(model.params, hidden[:, row]))[0]
 
 
 def _allowed(model: LanguageModel, logit: float) -> float:

@@ -7,23 +7,31 @@ are exact means over every token, and nothing is sampled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from mtd_jax import sharding
+from mtd_jax.config import CycleConfig
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
-from mtd_jax.methods.dmtd import DMTD, PLAIN
+from mtd_jax.evaluation.forward import cycles_of, decoded_hidden
+from mtd_jax.methods.cycles import kinds_of_places, place_names, places_in_cycle
 from mtd_jax.training.config import DataConfig
 from mtd_jax.training.data import prepare
-from mtd_jax.training.objective import CycleTuning, FineTuning, Objective
 from mtd_jax.training.rows import Rows
+from mtd_jax.transformer.losses import Totals, cross_entropy
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed
+
+_CHUNK = 1024
+"""Positions whose logits a device holds at a time, over all its rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,54 +84,44 @@ def text_loss(
         places differ in their tokens, so only like places can be compared.
       progress: is called behind every batch.
     """
-    objective = _objective(model, method, places_of)
-    measure = jax.jit(objective.loss)
-    nothing = jax.tree.map(lambda _: None, model.params)
+    cycles = cycles_of(method, model.config)
+    told_apart = cycles if places_of is None else cycles_of(places_of, model.config)
     totals: dict[str, float] = {}
-    counts: dict[str, float] = {}
     size = -(-batch_size // model.batch_multiple) * model.batch_multiple
     with model.on_mesh():
         for first in range(0, len(rows), size):
             part = [rows[i] for i in range(first, min(first + size, len(rows)))]
             part += [rows.empty()] * (size - len(part))
-            batch: Packed = jax.tree.map(lambda *x: np.stack(x), *part)
-            batch = jax.tree.map(jax.numpy.asarray, batch)
-            here = objective.counts(batch)
-            # Divided by one: sums, which add up.
-            ones = jax.tree.map(jax.numpy.ones_like, here)
-            _, found = measure(model.params, nothing, batch, ones, jax.random.key(0))
-            for target, new in ((totals, found), (counts, here)):
-                for name, value in jax.device_get(new).items():
-                    target[name] = target.get(name, 0.0) + float(value)
+            batch: Packed = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *part)
+            found = jax.device_get(_sums(model.params, batch, cycles, told_apart))
+            totals = {name: totals.get(name, 0.0) + float(x) for name, x in found.items()}
             progress()
-    places = {n: totals[f"loss_{n}"] / counts[n] for n in counts if n != "loss" and counts[n]}
-    number = max(counts["loss"], 1.0)
+    tokens = max(totals["tokens"], 1.0)
+    names = () if told_apart is None else place_names(told_apart.cycle, told_apart.anchor)
     return TextLoss(
-        tokens=int(counts["loss"]),
-        loss=totals["loss"] / number,
-        accuracy=totals["accuracy"] / number,
-        by_place=places,
+        tokens=int(totals["tokens"]),
+        loss=totals["loss"] / tokens,
+        accuracy=totals["right"] / tokens,
+        by_place={
+            n: totals[f"loss_{n}"] / totals[f"tokens_{n}"] for n in names if totals[f"tokens_{n}"]
+        },
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _PlainByPlace(CycleTuning):
-    """The loss of a plain decoder, at each place of cycles that it does not have."""
-
-    def _forward(self, params: Parameters, batch: Packed, places: jax.Array) -> jax.Array:
-        return super()._forward(params, batch, jax.numpy.full_like(places, PLAIN))
-
-
-def _objective(model: LanguageModel, method: Method, places_of: Method | None) -> Objective:
-    cyclic = method if isinstance(method, DMTD) else places_of
-    if not isinstance(cyclic, DMTD):
-        return FineTuning()
-    groups = cyclic.groups(model.config)
-    assert groups.anchor is not None  # `groups` knows it
-    kind = CycleTuning if cyclic is method else _PlainByPlace
-    return kind(
-        cycle=1 if cyclic.lossless else groups.cycle,
-        early=groups.early,
-        late=groups.late,
-        anchor=groups.anchor,
-    )
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _sums(
+    params: Parameters, batch: Packed, cycles: CycleConfig | None, told_apart: CycleConfig | None
+) -> Totals:
+    """Tokens, their losses and right guesses; tokens and losses of every place of `told_apart`."""
+    targets, wanted = batch.targets()
+    x = decoded_hidden(params, batch, cycles)
+    chunk = max(1, _CHUNK // max(1, x.shape[0] // sharding.parts("batch")))
+    kinds: jax.Array = jnp.zeros_like(targets)
+    names: tuple[str, ...] = ()
+    if told_apart is not None:
+        names = place_names(told_apart.cycle, told_apart.anchor)
+        places = places_in_cycle(batch, told_apart.cycle, told_apart.anchor)
+        kinds = kinds_of_places(places, told_apart.cycle)
+    found = cross_entropy(params, x, targets, wanted, chunk=chunk, kinds=kinds, names=names)
+    alone = {f"tokens_{n}": (wanted & (kinds == i)).sum() for i, n in enumerate(names)}
+    return {**found, "tokens": wanted.sum(), **alone}

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import jax.numpy as jnp
 
 from mtd_jax import backend
-from mtd_jax.config import MAX_CYCLE, Anchor
+from mtd_jax.config import MAX_CYCLE, Anchor, ModelConfig
 from mtd_jax.decoding.heads import Heads, HeadsSpec
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.speculative import Acceptance
@@ -205,6 +205,13 @@ def make_method(name: str, options: Mapping[str, Any], heads: Heads | None = Non
             raise InputError(f"{key} of '{name}' is what the heads were trained with")
     decoding = {key: value for key, value in {**trained, **typed}.items() if key not in own}
     return METHODS[name](heads=heads, **decoding)
+
+
+def trained_options(name: str, config: ModelConfig) -> dict[str, Any]:
+    """What the weights say of how a method decodes with them, in front of all other options."""
+    if name != DMTD.name or config.cycles is None:
+        return {}
+    return {"cycle": config.cycles.cycle}
 
 
 def typed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ late-only rows are drafts, and all rows as heads verify them: the tokens are tho
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,81 +35,13 @@ from mtd_jax.decoding.sampling import sample
 from mtd_jax.decoding.speculative import verify_draws
 from mtd_jax.decoding.traffic import weight_bytes
 from mtd_jax.errors import InputError
+from mtd_jax.methods.cycles import late_in
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, embed, rows_behind, unembed
-from mtd_jax.transformer.packed import Packed, packed_rows
-from mtd_jax.transformer.stack import Remat, Skip, decode_range, train_stack
+from mtd_jax.transformer.stack import Rows, Skip, decode_range
 from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 
 DEFAULT_LATE = 8
-PLAIN = -1
-"""Place of a row outside of any cycle: a prompt's, where cycles start behind it."""
-
-
-def places_in_cycle(
-    batch: Packed, cycle: int, anchor: Anchor, shift: Int[Array, " B"] | None = None
-) -> Int[Array, "B T"]:
-    """Where each row of a batch stands in its cycle: 0 a head, 1..cycle-1 late only, or `PLAIN`.
-
-    Two documents of which the second is a conversation (`a` is the answer's), cycles of three:
-
-        positions            0 1 2 3 4   0 1 2 3 4 5 6
-        answer                           . . . a a a a
-        anchor "sequence"    0 1 2 0 1   0 1 2 0 1 2 0
-        anchor "prompt"      0 1 2 0 1   - - - 0 1 2 0
-
-    Args:
-      shift: places that each row's cycles are moved by.
-    """
-    if anchor == "sequence":
-        since = batch.positions
-    else:
-        order = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None, :]
-        before = jnp.pad(batch.answer[:, :-1], ((0, 0), (1, 0))) & (batch.positions > 0)
-        starts = batch.answer & ~before
-        since = order - jax.lax.cummax(jnp.where(starts, order, 0), axis=1)
-    if shift is not None:
-        since = since + shift[:, None]
-    place = since % cycle
-    return place if anchor == "sequence" else jnp.where(batch.answer, place, PLAIN)
-
-
-def cycle_hidden(
-    params: Parameters,
-    batch: Packed,
-    places: Int[Array, "B T"],
-    *,
-    early: int,
-    late: int,
-    remat: Remat = "none",
-) -> Float[Array, "B T D"]:
-    """What the last layer puts out at every position of whole sequences, in one pass.
-
-    All positions pass the middle layers, so that later ones can look at them; `places` says whose
-    result goes on to the late layers.
-    """
-    config = params.config
-    first_late = config.num_layers - late
-    x = embed(params, batch.tokens)
-
-    def inject(layer: jax.Array, middle: jax.Array, tapped: jax.Array) -> jax.Array:
-        from_early = tapped[0] if early else x
-        return jnp.where(layer == first_late, _late_in(from_early, middle, places), middle)
-
-    taps = (early,) if early else ()  # of no early layers the output is known: the embedding
-    rows = packed_rows(config, batch)
-    hidden, _ = train_stack(
-        config, params.blocks, x, rows=rows, taps=taps, inject=inject, remat=remat
-    )
-    return hidden
-
-
-def _late_in(
-    early: Float[Array, "B T D"], middle: Float[Array, "B T D"], places: Int[Array, "B T"]
-) -> Float[Array, "B T D"]:
-    """Heads: the sum. Late-only rows: `early`. Plain rows: `middle`, as in any decoder."""
-    place = places[:, :, None]
-    return jnp.where(place == PLAIN, middle, jnp.where(place == 0, early + middle, early))
 
 
 class _Refill(struct.PyTreeNode):
@@ -300,10 +232,9 @@ class DMTD(BaseMethod):
         going: Bool[Array, " B"],
     ) -> tuple[Float[Array, "B 1 D"], KVCache, _Refill]:
         """Embeds a token behind the cache and runs its early layers, for the only time."""
-        config, early = params.config, self.groups(params.config).early
-        rows, slots = rows_behind(config, cache, 1, active=going)
+        rows, slots = rows_behind(params.config, cache, 1, active=going)
         x = embed(params, jnp.maximum(tokens, 0)[:, None])
-        x, cache = decode_range(config, params.blocks, cache, x, 0, early, rows=rows, slots=slots)
+        x, cache = self._through("early", params, x, cache, rows, slots)
         batch = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         place = jnp.where(going, cache.length - refill.middle_length, self.cycle)
         waiting = refill.waiting.at[batch, place].set(x[:, 0], mode="drop")
@@ -313,20 +244,10 @@ class DMTD(BaseMethod):
         self, params: Parameters, cache: KVCache, refill: _Refill, head: Bool[Array, " B"]
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
         """Runs the middle layers on all that waits; returns what comes out at the heads."""
-        config, groups = params.config, self.groups(params.config)
         behind = cache.replace(length=refill.middle_length)
-        rows, slots = rows_behind(config, behind, self.cycle, active=head)
+        rows, slots = rows_behind(params.config, behind, self.cycle, active=head)
         slots = jnp.where(slots <= cache.length[:, None], slots, cache.capacity)
-        x, written = decode_range(
-            config,
-            params.blocks,
-            behind,
-            refill.waiting,
-            groups.early,
-            config.num_layers - groups.late,
-            rows=rows,
-            slots=slots,
-        )
+        x, written = self._through("middle", params, refill.waiting, behind, rows, slots)
         last = jnp.clip(cache.length - refill.middle_length, 0, self.cycle - 1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         return x, written.replace(length=cache.length)
@@ -341,10 +262,8 @@ class DMTD(BaseMethod):
         going: Bool[Array, " B"],
     ) -> tuple[Int[Array, " B"], KVCache]:
         """Runs the late layers at the row behind the cache, and draws what follows it."""
-        config, late = params.config, self.groups(params.config).late
-        rows, slots = rows_behind(config, cache, 1, active=going)
-        layers = (config.num_layers - late, config.num_layers)
-        x, cache = decode_range(config, params.blocks, cache, x, *layers, rows=rows, slots=slots)
+        rows, slots = rows_behind(params.config, cache, 1, active=going)
+        x, cache = self._through("late", params, x, cache, rows, slots)
         sampling = state.requests.sampling
         logits = penalized(unembed(params, x), sampling, state.history, emitted[:, None])[:, 0]
         return sample(logits, sampling, cache.length + 1), cache
@@ -385,15 +304,28 @@ class DMTD(BaseMethod):
         **options: Any,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """`model.extend` for rows at these places of their cycles; None: all are late only."""
-        config, groups = params.config, self.groups(params.config)
-        rows, slots = rows_behind(config, cache, tokens.shape[1], **options)
-
-        def through(x: jax.Array, cache: KVCache, *layers: int) -> tuple[jax.Array, KVCache]:
-            return decode_range(config, params.blocks, cache, x, *layers, rows=rows, slots=slots)
-
-        first_late = config.num_layers - groups.late
-        x, cache = through(embed(params, tokens), cache, 0, groups.early)
+        rows, slots = rows_behind(params.config, cache, tokens.shape[1], **options)
+        x, cache = self._through("early", params, embed(params, tokens), cache, rows, slots)
         if places is not None:
-            middle, cache = through(x, cache, groups.early, first_late)
-            x = _late_in(x, middle, places)
-        return through(x, cache, first_late, config.num_layers)
+            middle, cache = self._through("middle", params, x, cache, rows, slots)
+            x = late_in(x, middle, places)
+        return self._through("late", params, x, cache, rows, slots)
+
+    def _through(
+        self,
+        group: Literal["early", "middle", "late"],
+        params: Parameters,
+        x: Float[Array, "B T D"],
+        cache: KVCache,
+        rows: Rows,
+        slots: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Runs the layers of one group."""
+        config, groups = params.config, self.groups(params.config)
+        first_late = config.num_layers - groups.late
+        layers = {
+            "early": (0, groups.early),
+            "middle": (groups.early, first_late),
+            "late": (first_late, config.num_layers),
+        }
+        return decode_range(config, params.blocks, cache, x, *layers[group], rows=rows, slots=slots)

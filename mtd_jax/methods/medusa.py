@@ -39,8 +39,8 @@ class MedusaWeights(struct.PyTreeNode):
     """What is trained."""
 
     weight: Any
-    """[D, k, D]: W_i is `weight[:, i]`. One wide product makes the rows of all heads; as a batch
-    axis of the product the heads would take XLA for CPU eight times as long."""
+    """[D, k, D]: W_i is `weight[:, i]`. One wide product makes the rows of all heads: XLA for CPU
+    is slower where they are a batch axis."""
     bias: Any
     """[k, D]"""
     output: Any

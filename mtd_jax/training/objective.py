@@ -7,6 +7,7 @@ come in two trees, trainable and frozen, and only the first is differentiated.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Callable, Mapping
@@ -21,14 +22,20 @@ from mtd_jax.config import Anchor, CycleConfig
 from mtd_jax.decoding.method import Method
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.methods.autoregressive import Autoregressive
-from mtd_jax.methods.dmtd import DEFAULT_LATE, DMTD, PLAIN, cycle_hidden, places_in_cycle
+from mtd_jax.methods.cycles import (
+    cycle_hidden,
+    kinds_of_places,
+    place_names,
+    places_in_cycle,
+)
+from mtd_jax.methods.dmtd import DEFAULT_LATE, DMTD
 from mtd_jax.training.config import TrainConfig
 from mtd_jax.training.heads import HeadsTraining
 from mtd_jax.training.utilization import weights_in_products
 from mtd_jax.transformer.losses import Totals, cross_entropy
-from mtd_jax.transformer.model import Parameters, embed
-from mtd_jax.transformer.packed import Packed, packed_rows
-from mtd_jax.transformer.stack import Remat, train_stack
+from mtd_jax.transformer.model import Parameters
+from mtd_jax.transformer.packed import Packed, packed_hidden
+from mtd_jax.transformer.stack import Remat
 
 Counts: TypeAlias = dict[str, jax.Array]
 """What a mean is taken over, by name: float32 scalars that add up over batches."""
@@ -110,14 +117,7 @@ class FineTuning:
         """Mean cross-entropy of the next token."""
         del key
         params = joined(trainable, frozen)
-        config = params.config
-        x, _ = train_stack(
-            config,
-            params.blocks,
-            embed(params, batch.tokens),
-            rows=packed_rows(config, batch),
-            remat=self.remat,
-        )
+        x = packed_hidden(params, batch, remat=self.remat)
         return self._loss(params, x, batch, counts)
 
     def _loss(
@@ -172,9 +172,8 @@ class CycleTuning(FineTuning):
     """Cycles of each row of a batch are moved by a number of places drawn anew in each step."""
 
     def __post_init__(self) -> None:
-        methods.dmtd(
-            cycle=self.cycle, early=self.early, late=self.late
-        )  # refuses what no cycle can be
+        # The factory refuses what no cycle can be.
+        methods.dmtd(cycle=self.cycle, early=self.early, late=self.late)
 
     def _cycles(self) -> CycleConfig | None:
         return CycleConfig(early=self.early, late=self.late, cycle=self.cycle, anchor=self.anchor)
@@ -182,8 +181,9 @@ class CycleTuning(FineTuning):
     def counts(self, batch: Packed) -> Counts:
         """Tokens to predict, all and by place."""
         wanted = batch.targets()[1]
-        kinds, names = self._kinds(self._places(batch, None))
-        alone = {n: (wanted & (kinds == i)).sum(dtype=jnp.float32) for i, n in enumerate(names)}
+        kinds = kinds_of_places(self._places(batch, None), self.cycle)
+        names = enumerate(place_names(self.cycle, self.anchor))
+        alone = {n: (wanted & (kinds == i)).sum(dtype=jnp.float32) for i, n in names}
         return {**super().counts(batch), **alone}
 
     def loss(
@@ -195,27 +195,18 @@ class CycleTuning(FineTuning):
         if self.random_phase and key is not None:
             shift = jax.random.randint(key, batch.tokens.shape[:1], 0, self.cycle)
         places = self._places(batch, shift)
-        x = self._forward(params, batch, places)
-        kinds, names = self._kinds(places)
-        return self._loss(params, x, batch, counts, kinds, names if shift is None else ())
+        x = cycle_hidden(params, batch, places, early=self.early, late=self.late, remat=self.remat)
+        kinds = kinds_of_places(places, self.cycle)
+        # Places that are moved at random are no longer those that `counts` has counted.
+        names = place_names(self.cycle, self.anchor) if shift is None else ()
+        return self._loss(params, x, batch, counts, kinds, names)
 
     def decoder(self, trainable: Any, frozen: Any) -> tuple[Parameters, Method]:
         """Decoding in the same cycles."""
         return joined(trainable, frozen), methods.dmtd(cycle=self.cycle)
 
-    def _forward(self, params: Parameters, batch: Packed, places: jax.Array) -> jax.Array:
-        return cycle_hidden(
-            params, batch, places, early=self.early, late=self.late, remat=self.remat
-        )
-
     def _places(self, batch: Packed, shift: jax.Array | None) -> jax.Array:
         return places_in_cycle(batch, self.cycle, self.anchor, shift)
-
-    def _kinds(self, places: jax.Array) -> tuple[jax.Array, tuple[str, ...]]:
-        named = tuple(str(place + 1) for place in range(self.cycle))
-        if self.anchor == "sequence":
-            return places, named
-        return jnp.where(places == PLAIN, self.cycle, places), (*named, "plain")
 
 
 def make_objective(config: TrainConfig) -> Objective:
@@ -236,11 +227,13 @@ def joined(trainable: Any, frozen: Any) -> Any:
     )
 
 
-def _fine_tuning(config: TrainConfig) -> Objective:
-    for name in config.options:
-        raise unknown_name(f"option of {config.method}", name, ())
+def _fine_tuning(kind: type[FineTuning], config: TrainConfig) -> Objective:
+    known = typing.get_type_hints(kind)
+    for shared in typing.get_type_hints(FineTuning):  # not among [options]
+        del known[shared]
+    options = methods.read_options(config.method, known, config.options)
     memory = config.memory
-    return FineTuning(freeze=config.freeze, remat=memory.remat, chunk=memory.loss_chunk)
+    return kind(freeze=config.freeze, remat=memory.remat, chunk=memory.loss_chunk, **options)
 
 
 def reaches_layers(trainable: Any) -> bool:
@@ -261,16 +254,12 @@ def _heads(config: TrainConfig) -> Objective:
     )
 
 
-def _cycle_tuning(config: TrainConfig) -> Objective:
-    known = typing.get_type_hints(CycleTuning)
-    for shared in ("freeze", "remat", "chunk"):
-        known.pop(shared)
-    options = methods.read_options(config.method, known, config.options)
-    return CycleTuning(config.freeze, config.memory.remat, config.memory.loss_chunk, **options)
-
-
 _OBJECTIVES: Mapping[str, Callable[[TrainConfig], Objective]] = MappingProxyType(
-    {"sft": _fine_tuning, DMTD.name: _cycle_tuning, **dict.fromkeys(methods.SPECS, _heads)}
+    {
+        "sft": functools.partial(_fine_tuning, FineTuning),
+        DMTD.name: functools.partial(_fine_tuning, CycleTuning),
+        **dict.fromkeys(methods.SPECS, _heads),
+    }
 )
 
 

@@ -9,7 +9,7 @@ from flax import struct
 from mtd_jax.config import ModelConfig
 from mtd_jax.transformer import masks
 from mtd_jax.transformer.model import Parameters, embed
-from mtd_jax.transformer.stack import Rows, rows_at, train_stack
+from mtd_jax.transformer.stack import Remat, Rows, rows_at, train_stack
 from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 
 
@@ -50,6 +50,16 @@ class Packed(struct.PyTreeNode):
         return shifted(self.tokens), shifted(self.learn) & same
 
 
+def unpacked(
+    tokens: Int[Array, "B T"], prompts: Int[Array, " B"], lengths: Int[Array, " B"]
+) -> Packed:
+    """Rows of one text each: so many tokens are the prompt's, the answer ends at the length."""
+    order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    inside = order < lengths[:, None]
+    answer = inside & (order >= prompts[:, None])
+    return Packed(tokens, inside.astype(jnp.int32), order, answer, answer)
+
+
 def packed_rows(config: ModelConfig, batch: Packed) -> Rows:
     """Positions and masks: causal within each document."""
     order = jnp.broadcast_to(
@@ -62,12 +72,18 @@ def packed_rows(config: ModelConfig, batch: Packed) -> Rows:
     return rows_at(config, batch.positions, batch.positions, mask, context)
 
 
+def packed_hidden(
+    params: Parameters, batch: Packed, *, remat: Remat = "none"
+) -> Float[Array, "B T D"]:
+    """What the last layer puts out, before the final norm, at every position."""
+    config, x = params.config, embed(params, batch.tokens)
+    rows = packed_rows(config, batch)
+    return train_stack(config, params.blocks, x, rows=rows, remat=remat)[0]
+
+
 def frozen_rows(params: Parameters, batch: Packed) -> Float[Array, "B T D"]:
-    """What the last layer puts out, before the final norm, for heads that are trained on it.
+    """`packed_hidden` for heads that are trained on it.
 
     Nothing of the layers is differentiated, so nothing of them is stored.
     """
-    config, params = params.config, jax.lax.stop_gradient(params)
-    rows = packed_rows(config, batch)
-    x, _ = train_stack(config, params.blocks, embed(params, batch.tokens), rows=rows)
-    return jax.lax.stop_gradient(x)
+    return jax.lax.stop_gradient(packed_hidden(jax.lax.stop_gradient(params), batch))

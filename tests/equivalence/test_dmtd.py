@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from mtd_jax import Completion, Prompt, Sampling, backend, generate, methods
-from mtd_jax.config import CycleConfig
+from mtd_jax.config import Anchor, CycleConfig
 from mtd_jax.decoding.clock import Clock
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Requests
 from mtd_jax.decoding.sampling import SamplingRows, sample
 from mtd_jax.errors import InputError
-from mtd_jax.methods.dmtd import PLAIN, cycle_hidden, places_in_cycle
+from mtd_jax.methods.cycles import PLAIN, cycle_hidden, places_in_cycle
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import forward, unembed
 from mtd_jax.transformer.packed import Packed
@@ -48,7 +48,7 @@ def _decode(method: Any, batch_size: int = 1, **options: Any) -> list[Completion
     return generate(model, method, prompts, batch_size=batch_size, **options)
 
 
-def _batch(text: list[int], prompt: int, cycle: int, anchor: str) -> tuple[Packed, jax.Array]:
+def _batch(text: list[int], prompt: int, cycle: int, anchor: Anchor) -> tuple[Packed, jax.Array]:
     """One document as training sees it, and its places."""
     order = np.arange(len(text), dtype=np.int32)[None]
     batch = Packed(
@@ -58,7 +58,7 @@ def _batch(text: list[int], prompt: int, cycle: int, anchor: str) -> tuple[Packe
         answer=jnp.asarray(order >= prompt),
         learn=jnp.asarray(order >= prompt),
     )
-    return batch, places_in_cycle(batch, cycle, anchor)  # type: ignore[arg-type]
+    return batch, places_in_cycle(batch, cycle, anchor)
 
 
 @jax.jit
@@ -100,7 +100,9 @@ SLOW = (("prompt", 2, 1, 1), ("sequence", 0, 2, 6), ("prompt", 0, 2, 2), ("seque
     ("anchor", "early", "late", "cycle"),
     [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
-def test_decoding_is_the_training_forward(anchor: str, early: int, late: int, cycle: int) -> None:
+def test_decoding_is_the_training_forward(
+    anchor: Anchor, early: int, late: int, cycle: int
+) -> None:
     groups: dict[str, Any] = {"early": early, "late": late, "anchor": anchor}
     method = methods.dmtd(cycle=cycle, **groups)
     for batch_size in (1, 3) if cycle == 3 else (3,):
@@ -116,7 +118,7 @@ def test_decoding_is_the_training_forward(anchor: str, early: int, late: int, cy
 @pytest.mark.parametrize(
     ("anchor", "early", "late"), list(itertools.product(("prompt", "sequence"), (0, 2), (1, 2)))
 )
-def test_every_cycle_in_every_grouping(anchor: str, early: int, late: int) -> None:
+def test_every_cycle_in_every_grouping(anchor: Anchor, early: int, late: int) -> None:
     """Six rows of a batch have cycles of one to six: one program for all of them."""
     groups: dict[str, Any] = {"early": early, "late": late, "anchor": anchor}
     texts = [PROMPTS[i % len(PROMPTS)] for i in range(12)]
@@ -132,7 +134,7 @@ def test_every_cycle_in_every_grouping(anchor: str, early: int, late: int) -> No
 
 @pytest.mark.parametrize(("early", "late"), [(0, 2), (2, 1)])
 @pytest.mark.parametrize("anchor", ["prompt", "sequence"])
-def test_the_training_forward_is_the_paper(anchor: str, early: int, late: int) -> None:
+def test_the_training_forward_is_the_paper(anchor: Anchor, early: int, late: int) -> None:
     text, prompt = [3, 4, 5, 6, 3, 4, 5, 9, 8, 7, 6, 5, 4, 11], 6
     for cycle in (1, 3, 4):
         batch, places = _batch(text, prompt, cycle, anchor)
@@ -187,7 +189,7 @@ def test_places_restart_at_documents_and_turns() -> None:
 
 
 @pytest.mark.parametrize("anchor", ["prompt", "sequence"])
-def test_documents_of_a_row_do_not_see_each_other(anchor: str) -> None:
+def test_documents_of_a_row_do_not_see_each_other(anchor: Anchor) -> None:
     texts = [[3, 4, 5, 6, 7, 8, 9], [11, 12, 13, 14, 15]]
     groups: dict[str, Any] = {"early": 1, "late": 2}
     alone = []
@@ -199,15 +201,15 @@ def test_documents_of_a_row_do_not_see_each_other(anchor: str) -> None:
     )
     segments = jnp.asarray([[1] * len(texts[0]) + [2] * len(texts[1])], jnp.int32)
     joined = joined.replace(segments=segments)
-    places = places_in_cycle(joined, 3, anchor)  # type: ignore[arg-type]
+    places = places_in_cycle(joined, 3, anchor)
     hidden = np.asarray(_hidden(_model().params, joined, places, **groups))[0]
     np.testing.assert_allclose(hidden, np.concatenate(alone), atol=1e-4)
 
 
 @pytest.mark.parametrize("anchor", ["prompt", "sequence"])
 @pytest.mark.parametrize("lossless", [False, True])
-def test_rows_of_a_batch_have_their_own_cycles(anchor: str, lossless: bool) -> None:
-    method: Any = methods.dmtd(cycle=4, early=1, late=2, anchor=anchor, lossless=lossless)  # type: ignore[arg-type]
+def test_rows_of_a_batch_have_their_own_cycles(anchor: Anchor, lossless: bool) -> None:
+    method: Any = methods.dmtd(cycle=4, early=1, late=2, anchor=anchor, lossless=lossless)
     wanted = [2, 4, 1, 3, None]
     prompts = [
         Prompt(str(i), token_ids=tuple(p), cycle=c)
@@ -227,7 +229,7 @@ def test_rows_of_a_batch_have_their_own_cycles(anchor: str, lossless: bool) -> N
 @pytest.mark.parametrize("anchor", ["prompt", "sequence"])
 @pytest.mark.parametrize("early", [0, 2])
 def test_every_key_is_written_once(
-    anchor: str, early: int, monkeypatch: pytest.MonkeyPatch
+    anchor: Anchor, early: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted in the running program, step by step."""
     written: collections.Counter[tuple[int, int, int]] = collections.Counter()
@@ -247,7 +249,7 @@ def test_every_key_is_written_once(
     monkeypatch.setattr(KVCache, "write", counting)
     # Side by side, so that a row of a write is a row of the batch.
     monkeypatch.setattr(backend, "reads_prompts_alone", lambda: False)
-    method: Any = methods.dmtd(cycle=3, early=early, late=2, anchor=anchor)  # type: ignore[arg-type]
+    method: Any = methods.dmtd(cycle=3, early=early, late=2, anchor=anchor)
     params = _model().params
     tokens = jnp.asarray([[3, 4, 5, 6, 7], [9, 8, 7, 0, 0]], jnp.int32)
     lengths = jnp.asarray([5, 3], jnp.int32)

@@ -23,6 +23,7 @@ from mtd_jax.transformer.model import Parameters, forward, normed, project
 from mtd_jax.transformer.packed import Packed, frozen_rows
 from tests.support import heads, tiny
 from tests.support.training import (
+    SIZES,
     assert_same_bits,
     log_of,
     losses,
@@ -287,7 +288,7 @@ def test_a_mesh_has_the_same_losses(
     tmp_path_factory: pytest.TempPathFactory, own_output: bool
 ) -> None:
     directory = tmp_path_factory.mktemp("mesh")
-    write_model(directory, num_heads=8, num_kv_heads=4, head_dim=4, intermediate_size=64)
+    write_model(directory, **SIZES)
     write_texts(directory)
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     found = []

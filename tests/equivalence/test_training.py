@@ -18,6 +18,7 @@ from mtd_jax.training.objective import FineTuning
 from mtd_jax.transformer.packed import Packed
 from tests.support import tiny
 from tests.support.training import (
+    SIZES,
     assert_same_bits,
     log_of,
     losses,
@@ -29,8 +30,6 @@ from tests.support.training import (
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Sizes that all meshes below divide.
-SIZES = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4, "intermediate_size": 64}
 MESHES: list[dict[str, Any]] = [
     {"mesh__data": 8},
     {"mesh__data": 1, "mesh__fsdp": 8},

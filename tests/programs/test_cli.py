@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import mtd_jax as mtd
 from mtd_jax.cli.main import main
 from tests.support.checkpoints import hf_config, write_hf
+from tests.support.command_line import ROOT, run_program
 from tests.support.tokenizers import byte_level
 
 PROMPTS = [
@@ -166,17 +165,11 @@ def test_chat_reads_lines_and_keeps_the_conversation(
 @pytest.mark.slow
 def test_the_program_in_infer(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--prompt", "hello", "--max-new-tokens", "10"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "infer/generate.py", "--model", str(model), *argv],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=root,
-    )
+    done = run_program("infer/generate.py", "--model", model, *argv)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert main(["generate", "--model", str(model), *argv]) == 0
     assert done.stdout == capsys.readouterr().out
-    source = (root / "infer" / "generate.py").read_text()
+    source = (ROOT / "infer" / "generate.py").read_text()
     assert len(source.splitlines()) < 80
 
 
@@ -196,13 +189,7 @@ def test_the_program_in_infer_refuses_in_one_line(
     model: Path, changes: list[str], said: str
 ) -> None:
     argv = ["--model", str(model), "--prompt", "hello", *changes]
-    done = subprocess.run(
-        [sys.executable, "infer/generate.py", *argv],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
+    done = run_program("infer/generate.py", *argv)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("generate.py: error: ")
     assert said in done.stderr

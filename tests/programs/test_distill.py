@@ -148,7 +148,8 @@ def test_a_signal_leaves_whole_lines(model: str, prompts: str, tmp_path: Path) -
     # It may have been done already, on a fast machine.
     assert process.returncode in (0, 130), err
     assert "Traceback" not in err
-    assert out.read_bytes().endswith(b"\n")
+    # The first lines may have been on their way to the disk.
+    assert out.read_bytes()[-1:] in (b"\n", b"")
     assert main(argv) == 0
     assert len(_lines(out)) == 9
 

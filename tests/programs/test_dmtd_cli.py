@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from mtd_jax.convert.load import load
 from mtd_jax.errors import InputError
 from mtd_jax.training.objective import FineTuning
 from tests.support.checkpoints import hf_config, hf_tensors, write_hf
-from tests.support.command_line import ROOT, assert_refused, environment, run_commands
+from tests.support.command_line import assert_refused, run_commands, run_program
 from tests.support.training import trained, write_config, write_model, write_texts
 
 # A look-alike of the authors' checkpoint, which cannot be had here: their keys, a tiny model.
@@ -188,17 +186,6 @@ def test_sampled_cycles_do_not_depend_on_the_batch(look_alike: Path) -> None:
         assert alone.token_ids == completion.token_ids
 
 
-def _program(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *argv],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 def test_the_program_in_infer(look_alike: Path) -> None:
     """Its tokens are the method's."""
@@ -208,11 +195,11 @@ def test_the_program_in_infer(look_alike: Path) -> None:
     (expected,) = generate(load(model), method, ids, max_new_tokens=12)
     text = ",".join(map(str, ids))
     argv = ("infer/dmtd.py", "--model", model, "--max-new-tokens", "12", "--token-ids")
-    done = _program(*argv, text)
+    done = run_program(*argv, text)
     assert done.stdout.splitlines()[0] == str(list(expected.token_ids)), done.stderr
     assert done.stdout.splitlines()[1].startswith("[12 tokens, 4 of them")
     for wrong in (["5,999999"], ["5", "--cycle", "0"], ["5", "--late", "9"]):
-        bad = _program(*argv, *wrong)
+        bad = run_program(*argv, *wrong)
         assert bad.returncode == 2
         assert len([line for line in bad.stderr.splitlines() if "error" in line]) == 1
 
@@ -223,11 +210,11 @@ def test_the_program_in_train(tmp_path: Path) -> None:
     model = write_model(tmp_path, num_layers=3)
     texts = write_texts(tmp_path)
     argv = ["--model", str(model), "--data", str(texts), "--out", str(tmp_path / "tuned")]
-    done = _program("-m", "train.dmtd", *argv, "--late", "1", "--steps", "3")
+    done = run_program("-m", "train.dmtd", *argv, "--late", "1", "--steps", "3")
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if line.startswith("step")]) == 3
     assert load(tmp_path / "tuned").config.cycles == CycleConfig(0, 1, 2, "prompt")
-    again = _program("-m", "train.dmtd", *argv, "--late", "1", "--steps", "3")
+    again = run_program("-m", "train.dmtd", *argv, "--late", "1", "--steps", "3")
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
 
 

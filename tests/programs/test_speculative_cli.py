@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 from mtd_jax.cli.main import main
 from mtd_jax.convert.method_files import read_method
 from tests.support.checkpoints import hf_config, write_hf
-from tests.support.command_line import environment
+from tests.support.command_line import ROOT, run_program
 
 PROMPTS = [
     {"id": "a", "token_ids": [5, 6, 7] * 5, "category": "copy"},
@@ -192,23 +190,12 @@ def test_damaged_settings_are_refused(
     assert "method.json" in capsys.readouterr().err
 
 
-def _infer(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "infer/speculative.py", *argv],
-        cwd=Path(__file__).parents[2],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 def test_the_program_in_infer(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The tokens of plain decoding, also where an end token is accepted inside a draft."""
-    program = Path(__file__).parents[2] / "infer" / "speculative.py"
+    program = ROOT / "infer" / "speculative.py"
     assert len(program.read_text().splitlines()) <= 80
     ids = [5, 6, 7] * 5
     prompts = tmp_path / "one.jsonl"
@@ -224,10 +211,11 @@ def test_the_program_in_infer(
     for path in (model, ending):
         expected = _json(capsys, *argv, "--model", str(path))["outputs"][0]["token_ids"]
         text = ",".join(map(str, ids))
-        done = _infer("--model", str(path), "--token-ids", text, "--max-new-tokens", "24")
+        words = ("--model", path, "--token-ids", text, "--max-new-tokens", "24")
+        done = run_program("infer/speculative.py", *words)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"{expected}\n[{len(expected)} tokens in")
-    bad = _infer("--model", str(model), "--token-ids", "5,999999")
+    bad = run_program("infer/speculative.py", "--model", str(model), "--token-ids", "5,999999")
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
 
 

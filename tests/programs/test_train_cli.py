@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import command_line
-from tests.support.command_line import ROOT, assert_refused, run_commands
+from tests.support.command_line import assert_refused, run_commands, run_program
 from tests.support.training import write_config, write_model, write_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -147,16 +144,15 @@ def test_a_run_from_the_dry_look_to_an_answer(place: Path) -> None:
 
 @pytest.mark.slow
 def test_the_program_on_one_page(place: Path) -> None:
-    words = ["--model", place / "model", "--data", place / "texts-0.jsonl", "--out", place / "page"]
-    done = subprocess.run(
-        [sys.executable, "-m", "train.sft", *map(str, words), "--steps", "3", "--length", "48"],
-        cwd=ROOT,
-        env=command_line.environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    words: list[str | Path] = [
+        "--model",
+        place / "model",
+        "--data",
+        place / "texts-0.jsonl",
+        "--out",
+        place / "page",
+    ]
+    done = run_program("-m", "train.sft", *words, "--steps", "3", "--length", "48")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 3" in done.stdout
     assert (place / "page" / "config.json").is_file()

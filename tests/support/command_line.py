@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": path.rstrip(os.pathsep)}
 
 
-def run_commands(commands: Sequence[Sequence[str | Path]], timeout: float = 300) -> list[Outcome]:
+def run_commands(commands: Sequence[Sequence[str | Path]], timeout: float = 900) -> list[Outcome]:
     done = subprocess.run(
         [sys.executable, "-c", _RUNNER],
         input=json.dumps([[str(word) for word in command] for command in commands]),
@@ -50,6 +50,19 @@ def run_commands(commands: Sequence[Sequence[str | Path]], timeout: float = 300)
     outcomes = [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
     assert len(outcomes) == len(commands), done.stderr[-3000:]
     return outcomes
+
+
+def run_program(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    """`python ARGV` at the root, as a user runs the programs that are read."""
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
 
 
 def assert_refused(outcome: Outcome) -> str:

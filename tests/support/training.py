@@ -20,6 +20,8 @@ from mtd_jax.training.loop import Outcome, Run, fit
 from tests.support import tiny, tokenizers
 
 LENGTH = 48
+SIZES = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4, "intermediate_size": 64}
+"""Eight devices divide these along any axis."""
 _TIMES = ("tokens_per_second", "mfu")
 _WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps for an hour or two".split()
 
