@@ -5,6 +5,7 @@ are switched on by `--jaxtyping-packages` in pyproject.toml; hence nothing here 
 """
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -15,11 +16,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time of the tests was LLVM's, optimising programs that run a few times on tiny shapes;
 # without that they take 0.6 of it. What XLA makes of a program, its memory and its products are the
 # same. Commands in processes of their own (`command_line.environment`) are optimised as for users.
+# The emitters that jax 0.10 began to use take twice the time of those before them; with 0.12 there
+# is no choice any more, and an unknown flag ends the process.
+EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+if not importlib.metadata.version("jaxlib").startswith("0.10."):
+    EMITTERS = ""
 # Eight devices on two cores: a collective may wait long for a device whose thread is not scheduled.
 # XLA ends the process after 40 seconds of that; here only pytest's limit counts.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",
+        EMITTERS,
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={DEVICES}",
         "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
