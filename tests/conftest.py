@@ -15,7 +15,7 @@ DEVICES = 8
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time of the tests was LLVM's, optimising programs that run a few times on tiny shapes;
 # without that they take 0.6 of it. What XLA makes of a program, its memory and its products are the
-# same. Commands in processes of their own (`command_line.environment`) are optimised as for users.
+# same. Commands in processes of their own inherit it (`command_line.environment`).
 # The emitters that jax 0.10 began to use take twice the time of those before them; with 0.12 there
 # is no choice any more, and an unknown flag ends the process.
 EMITTERS = "--xla_cpu_use_fusion_emitters=false"

@@ -177,7 +177,7 @@ def test_two_processes_train_as_one(place: Path, mesh: dict[str, Any]) -> None:
     outs = {name: place / f"{name}-{len(mesh)}" for name in ("two", "one", "single")}
     for process in _together(place, outs["two"], **few, **mesh):
         _ended(process)
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    devices = command_line.environment(devices=2)
     _ended(_start(place, outs["one"], environment=devices, **few, **{"mesh__data": 0, **mesh}))
     _ended(_start(place, outs["single"], **few))
     logs = {name: log_of(out) for name, out in outs.items()}

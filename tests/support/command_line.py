@@ -31,10 +31,13 @@ class Outcome(NamedTuple):
     err: str
 
 
-def environment() -> dict[str, str]:
-    """One device, no network."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """So many devices, no network; programs are compiled as those of the tests are."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": path.rstrip(os.pathsep)}
+    count = "--xla_force_host_platform_device_count="
+    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count)]
+    flags = " ".join([*kept, f"{count}{devices}"])
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path.rstrip(os.pathsep)}
 
 
 def run_commands(commands: Sequence[Sequence[str | Path]], timeout: float = 900) -> list[Outcome]:
