@@ -40,7 +40,7 @@ SLIPS: dict[str, tuple[dict[str, Any], str]] = {
     "range": ({"optimizer__warmup": 1.5}, "optimizer.warmup must be between 0 and 1"),
     "nan": ({"optimizer__learning_rate": -1.0}, "must be a number of at least 0"),
     "method": ({"method": "stf"}, "unknown method to train 'stf' (did you mean 'sft'?)"),
-    "option": ({"options__rank": 2}, "unknown option of sft 'rank'"),
+    "option": ({"options__rank": 2}, "unknown option of method 'sft' 'rank'"),
     "freeze": ({"freeze": ["blocks.qvk"]}, "unknown weight to freeze 'blocks.qvk'"),
     "too long": (
         {"data__length": 100_000},
