@@ -87,7 +87,7 @@ class Way:
         h: Float[Array, "B N D"],
         pseudo: Float[Array, "B N A D"] | None,
         start: int,
-    ) -> Float[Array, "B N A D"]:
+    ) -> Float[Array, "B N more D"]:
         """The pseudo rows that pass layer `start`: those from below, and those that `h` makes."""
         rows = {i: weights.row(i, h) for i, layer in enumerate(self.layers) if layer == start}
         if pseudo is not None:

@@ -81,7 +81,7 @@ def decode_range(
     stop: int,
     *,
     rows: Rows,
-    slots: Int[Array, "B T"],
+    slots: Int[Array, "B cached"],
     skip: Skip | None = None,
     keep: Bool[Array, "L 2"] | None = None,
     beside: Beside | None = None,
