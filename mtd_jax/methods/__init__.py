@@ -91,7 +91,9 @@ def self_speculative(
     for name, value in (("threshold", threshold), ("target_acceptance", target_acceptance)):
         if not 0.0 <= value <= 1.0:
             raise InputError(f"{name} must be between 0 and 1, got {value}")
-    skip = Skip(_layers("skip_attention", skip_attention), _layers("skip_mlp", skip_mlp))
+    skip = Skip(
+        layer_numbers("skip_attention", skip_attention), layer_numbers("skip_mlp", skip_mlp)
+    )
     if not skip.attention and not skip.mlp:
         raise InputError(
             "self_speculative needs layers to skip: find them with `mtd tune self-speculative` and "
@@ -320,7 +322,7 @@ def _copying(
     )
 
 
-def _layers(name: str, text: str) -> frozenset[int]:
+def layer_numbers(name: str, text: str) -> frozenset[int]:
     """Layer numbers from `3,8,10-14`, or `3+8+10-14` where commas part methods (`mtd bench`)."""
     found: set[int] = set()
     for part in filter(None, text.replace("+", ",").split(",")):
