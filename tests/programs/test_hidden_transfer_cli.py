@@ -102,6 +102,7 @@ def test_slips_are_refused_in_one_line(place: Path) -> None:
     assert not (place / "nothing").exists()
 
 
+@pytest.mark.slow
 def test_the_programs_on_one_page(place: Path) -> None:
     page = place / "page"
     model, data = str(place / "model"), str(place / "texts-0.jsonl")
