@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtd_jax import InputError, methods
+from mtd_jax import InputError, generate, load, load_heads, methods
 from mtd_jax.convert.heads import save_heads, stored_heads
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.heads import Heads
@@ -19,6 +19,7 @@ from mtd_jax.decoding.method import Requests
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.methods.transfer import HiddenTransferSpec, TransferWeights, hidden_states
+from mtd_jax.sharding import make_mesh
 from mtd_jax.transformer.block import unstack
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import extend, unembed
@@ -26,7 +27,7 @@ from mtd_jax.transformer.packed import Packed
 from tests.oracle import hidden_transfer as oracle
 from tests.oracle import transformer as plain
 from tests.support import heads, tiny
-from tests.support.training import assert_same_bits
+from tests.support.training import assert_same_bits, write_model
 
 # Windows that end among the pseudo rows' own places, and steps that enter in any order.
 MODEL = tiny.language_model(tiny.config(num_layers=4, sliding_windows=(None, 6, 2, None)))
@@ -183,6 +184,26 @@ def test_pseudo_rows_leave_the_base_as_it_is() -> None:
     np.testing.assert_allclose(rows, expected, atol=1e-5)
     np.testing.assert_allclose(written.k, plainly.k, atol=1e-5)
     np.testing.assert_array_equal(written.k[..., 10:], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["all", "accepted"])
+def test_a_mesh_makes_the_same_guesses(tmp_path: Path, schedule: str) -> None:
+    shape = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4, "intermediate_size": 64}
+    path = write_model(tmp_path, num_layers=3, eos_token_ids=(), **shape)
+    alone = load(path)
+    prompts = [[7] * 6, [3, 4, 5, 6], [50, 40, 50, 40, 50], [9, 8, 7]]
+    found = heads.fitted(alone, heads.answers(alone, prompts, 30)[:2], "hidden_transfer")
+    save_heads(found, tmp_path / "heads")
+    done = []
+    for model in (alone, load(path, mesh=make_mesh({"data": 2, "tensor": 2}))):
+        mine = load_heads(tmp_path / "heads", model)
+        options = {"tree": "2x1", "pseudo": schedule}
+        method = methods.make_method("hidden_transfer", options, mine)
+        completions = generate(model, method, prompts, max_new_tokens=30, batch_size=4)
+        done.append([(c.token_ids, c.metrics.histogram) for c in completions])
+    assert done[0] == done[1]
+    assert sum(sum(histogram[1:]) for _, histogram in done[0]) > 0
 
 
 def test_layers_below_store_nothing() -> None:
