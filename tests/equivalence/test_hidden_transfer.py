@@ -30,7 +30,7 @@ from tests.support import heads, tiny
 from tests.support.training import assert_same_bits, write_model
 
 # Windows that end among the pseudo rows' own places, and steps that enter in any order.
-MODEL = tiny.language_model(tiny.config(num_layers=4, sliding_windows=(None, 6, 2, None)))
+MODEL = tiny.language_model(tiny.config(num_layers=4, sliding_windows=(None, 6, None, 2)))
 OPTIONS: list[dict[str, Any]] = [
     {"layers": "2,1,3"},
     {"layers": "1,2,2", "chained": False, "loss": "cross_entropy", "decay": 0.5},
