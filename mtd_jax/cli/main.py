@@ -20,6 +20,7 @@ from mtd_jax.cli import (
     fetch,
     generate,
     inspect,
+    sweep,
     train,
     tune,
     verify,
@@ -55,6 +56,7 @@ def make_parser() -> Parser:
         verify,
         evaluate,
         tune,
+        sweep,
         aot,
     ):
         command.add_parser(commands)

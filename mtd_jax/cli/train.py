@@ -91,10 +91,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             _show(report)
         return 0
-    outcome = fit(prepared)
-    if outcome.finished:
-        _export(prepared, outcome)
-        _draw(prepared.directory)
+    outcome = fit_and_write(prepared)
     if jax.process_index() == 0:
         _closing_line(prepared, outcome, as_json=args.json)
     return 0
@@ -135,6 +132,15 @@ def prepare_run(config: TrainConfig) -> Run:
     run.share()
     abstract_step(config, model, trainer, mesh)  # what is frozen exists
     return run
+
+
+def fit_and_write(run: Run) -> Outcome:
+    """`loop.fit`, and what was trained, with its curve, where it ran to the end."""
+    outcome = fit(run)
+    if outcome.finished:
+        _export(run, outcome)
+        _draw(run.directory)
+    return outcome
 
 
 def _dry_look(run: Run) -> dict[str, Any]:
@@ -197,7 +203,7 @@ def _show(report: dict[str, Any]) -> None:
     console.print(shown)
 
 
-def _result(run: Run) -> Path:
+def result_of(run: Run) -> Path:
     """Where what was trained goes."""
     return run.directory / ("heads" if run.config.method in methods.SPECS else "model")
 
@@ -222,7 +228,7 @@ def _export(run: Run, outcome: Outcome) -> None:
             with jax.set_mesh(run.mesh):
                 record |= measured(objective, weights, outcome.frozen, held_out_parts(run))
         heads = objective.heads(outcome.state.trainable, base.fingerprint, record)
-        save_heads(heads, _result(run), dtype=_HEADS_DTYPE, force=True)
+        save_heads(heads, result_of(run), dtype=_HEADS_DTYPE, force=True)
         return
     params, _ = objective.decoder(outcome.state.trainable, outcome.frozen)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
@@ -234,7 +240,7 @@ def _export(run: Run, outcome: Outcome) -> None:
         fingerprint=fingerprint(params),
         source=f"{base.source}; {note}",
     )
-    save_native(trained, _result(run), force=True)
+    save_native(trained, result_of(run), force=True)
 
 
 def _draw(directory: Path) -> None:
@@ -259,6 +265,6 @@ def _closing_line(run: Run, outcome: Outcome, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
     elif outcome.finished:
-        print(f"{_result(run)}: loss {report['loss']}, held out {report['held_out_loss']}")
+        print(f"{result_of(run)}: loss {report['loss']}, held out {report['held_out_loss']}")
     else:
         print(f"stopped behind step {report['steps']}; the same command goes on from there")

@@ -85,12 +85,9 @@ def plot_losses(lines: Sequence[Mapping[str, float]], path: Path) -> bool:
 
     Returns False, and draws nothing, where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure, axes = _axes()
+    if axes is None:
         return False
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    axes = figure.subplots()
     for name, style in (("loss", "-"), ("held_out_loss", "o-")):
         known = [(line["step"], line[name]) for line in lines if name in line]
         if known:
@@ -100,6 +97,39 @@ def plot_losses(lines: Sequence[Mapping[str, float]], path: Path) -> bool:
     axes.legend()
     _save(figure, path)
     return True
+
+
+def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Accuracy of each step's first guess by transfer layer; `rows` as in the JSON of `mtd sweep`.
+
+    Returns False, and draws nothing, where matplotlib is not installed.
+    """
+    figure, axes = _axes()
+    if axes is None:
+        return False
+    layers = [row["layer"] for row in rows]
+    for step in range(len(rows[0]["top1"])):
+        axes.plot(layers, [row["top1"][step] for row in rows], "o-", label=f"step {step + 1}")
+    axes.set(
+        title="first guess right, held-out texts",
+        xlabel="transfer layer",
+        ylabel="share",
+        ylim=(0, None),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+    return True
+
+
+def _axes() -> tuple[Any, Any]:
+    """A figure with one diagram; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None, None
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _save(figure: Any, path: Path) -> None:

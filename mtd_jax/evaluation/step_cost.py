@@ -143,7 +143,7 @@ def _key(model: LanguageModel, method: Any, batch_size: int, prompt_tokens: int)
         "sizes": method.sizes,
         "batch": batch_size,
         "prompt": bucket_prompt(prompt_tokens),
-        "skip": str(getattr(method, "skip", "")),
+        **{name: str(getattr(method, name, "")) for name in ("skip", "pseudo", "spec")},
         "hardware": environment.hardware(),
         "jax": jax.__version__,
     }

@@ -18,12 +18,14 @@ from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import MAX_NODES, TokenTree
 from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.methods import hidden_transfer as _hidden_transfer
 from mtd_jax.methods import medusa as _medusa
 from mtd_jax.methods.autoregressive import Autoregressive
 from mtd_jax.methods.dmtd import DMTD
 from mtd_jax.methods.ngram import NGram
 from mtd_jax.methods.prompt_lookup import PromptLookup
 from mtd_jax.methods.self_speculative import SelfSpeculative
+from mtd_jax.methods.transfer import HiddenTransferSpec
 from mtd_jax.transformer.stack import Skip
 
 Spec = TypeVar("Spec", bound=HeadsSpec)
@@ -89,7 +91,9 @@ def self_speculative(
     for name, value in (("threshold", threshold), ("target_acceptance", target_acceptance)):
         if not 0.0 <= value <= 1.0:
             raise InputError(f"{name} must be between 0 and 1, got {value}")
-    skip = Skip(_layers("skip_attention", skip_attention), _layers("skip_mlp", skip_mlp))
+    skip = Skip(
+        layer_numbers("skip_attention", skip_attention), layer_numbers("skip_mlp", skip_mlp)
+    )
     if not skip.attention and not skip.mlp:
         raise InputError(
             "self_speculative needs layers to skip: find them with `mtd tune self-speculative` and "
@@ -152,6 +156,27 @@ def medusa(heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact") -
     return _medusa.make(spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance)
 
 
+def hidden_transfer(
+    heads: Heads,
+    tree: str = "auto",
+    pseudo: _hidden_transfer.Schedule = "accepted",
+    acceptance: Acceptance = "exact",
+) -> _hidden_transfer.HiddenTransfer:
+    """Rows of tokens to come, made half way up the layers (`hidden_transfer`).
+
+    Args:
+      heads: from `load_heads`.
+      tree: as for `medusa`.
+      pseudo: `all`: every node of a tree carries its pseudo rows through the pass that verifies it;
+        `accepted`: those of the last node that was kept pass the upper layers afterwards.
+      acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
+    """
+    spec = spec_of(heads, HiddenTransferSpec)
+    return _hidden_transfer.make(
+        spec, heads.weights, heads.accuracies, tree=tree, pseudo=pseudo, acceptance=acceptance
+    )
+
+
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
     {
         Autoregressive.name: autoregressive,
@@ -160,11 +185,13 @@ METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
         PromptLookup.name: prompt_lookup,
         SelfSpeculative.name: self_speculative,
         _medusa.MedusaSpec.name: medusa,
+        HiddenTransferSpec.name: hidden_transfer,
     }
 )
 SPECS: Mapping[str, type[HeadsSpec]] = MappingProxyType(
     {
         _medusa.MedusaSpec.name: _medusa.MedusaSpec,
+        HiddenTransferSpec.name: HiddenTransferSpec,
     }
 )
 """Methods with trained weights, which a factory takes as `heads`; each has the option `tree`, which
@@ -302,7 +329,7 @@ def _copying(
     )
 
 
-def _layers(name: str, text: str) -> frozenset[int]:
+def layer_numbers(name: str, text: str) -> frozenset[int]:
     """Layer numbers from `3,8,10-14`, or `3+8+10-14` where commas part methods (`mtd bench`)."""
     found: set[int] = set()
     for part in filter(None, text.replace("+", ",").split(",")):

@@ -1,6 +1,6 @@
 """What methods share whose heads draft from one row: trees, adaptation, verification.
 
-The row is the last layer's output at the newest token that was verified. All drafts of a step come
+The row is what the layers put out at the newest token that was verified. All drafts of a step come
 from it: a few guesses for each of the next places, which a static tree combines.
 """
 
@@ -17,11 +17,12 @@ from flax import struct
 from mtd_jax import backend
 from mtd_jax.decoding.adaptive import Yields, best_tree_index, urgency
 from mtd_jax.decoding.base_method import BaseMethod
-from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.method import DecodeState, Extend, Requests
 from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_pass
 from mtd_jax.decoding.tree import TokenTree, build_tree
 from mtd_jax.errors import InputError
-from mtd_jax.transformer.model import Parameters, project
+from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.model import Parameters, extend
 from mtd_jax.typing import Array, Float, Int, Leaf
 
 _AUTO_SIZES = (1, 4, 8, 16)
@@ -44,7 +45,7 @@ class _Known(struct.PyTreeNode):
     guesses: Leaf
     """[B, depth, ranks] int32: candidates for the places behind the pending token; -1 is none."""
     row: Leaf
-    """[B, D]: the last layer's output at the token before the pending one."""
+    """[B, W]: what `extend` put out at the token before the pending one."""
     yields: Yields
 
 
@@ -97,20 +98,30 @@ class RowDrafting(BaseMethod):
 
     @abc.abstractmethod
     def guesses(
-        self, params: Parameters, row: Float[Array, "B D"], ranks: int
+        self, params: Parameters, row: Float[Array, "B W"], ranks: int, cache: KVCache
     ) -> Int[Array, "B depth ranks"]:
-        """Different tokens for each place behind the one drawn from `row`, likeliest first."""
+        """Different tokens for each place behind the one drawn from `row`, likeliest first.
+
+        Args:
+          row: what `extend` put out there; its keys and values are the last ones of the `cache`.
+        """
+
+    def walk(self, tree: TokenTree | None) -> Extend:
+        """How the rows of a tree (None: of a prompt) pass the layers."""
+        return extend
 
     def kept(
         self,
         params: Parameters,
-        last: Float[Array, "B D"],
-        lengths: Int[Array, " B"],
+        last: Float[Array, "B W"],
+        cache: KVCache,
         requests: Requests,
     ) -> _Known:
         """What follows the first token, guessed from the prompt's last row."""
         return _Known(
-            guesses=self._guessed(params, last), row=last, yields=Yields.empty(last.shape[0])
+            guesses=self._guessed(params, last, cache),
+            row=last,
+            yields=Yields.empty(last.shape[0]),
         )
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
@@ -122,7 +133,14 @@ class RowDrafting(BaseMethod):
             def verified(state: DecodeState) -> DecodeState:
                 known: _Known = state.extra
                 drafts = known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
-                state, seen = verify_pass(params, state, tree, drafts, acceptance=self.acceptance)
+                state, seen = verify_pass(
+                    params,
+                    state,
+                    tree,
+                    drafts,
+                    acceptance=self.acceptance,
+                    extend=self.walk(tree),
+                )
                 return state.replace(extra=known.replace(row=seen.last_row))
 
             return verified
@@ -131,18 +149,18 @@ class RowDrafting(BaseMethod):
         accepted = jnp.maximum(state.emitted_count - 1, 0)
         hoped = jnp.where(state.drafted > 0, self.expected[index], 0.0)
         yields = before.yields.after(accepted, hoped)
-        row = state.extra.row
+        row, cache = state.extra.row, state.cache
         wanted = jnp.bool(self.depth > 0)
         if self.sizes[0] == 1 and len(self.sizes) > 1:
             # Guesses for a step that verifies none would be made for nothing.
             wanted = self._choice(yields, state) > 0
             guesses = jax.lax.cond(
                 wanted,
-                lambda: self._guessed(params, row),
+                lambda: self._guessed(params, row, cache),
                 lambda: jnp.full(before.guesses.shape, -1, jnp.int32),
             )
         else:
-            guesses = self._guessed(params, row)
+            guesses = self._guessed(params, row, cache)
         partial = jnp.broadcast_to(wanted.astype(jnp.int32), state.pending.shape)
         return state.replace(extra=_Known(guesses, row, yields), partial=partial)
 
@@ -150,10 +168,12 @@ class RowDrafting(BaseMethod):
         weight = urgency(state.active, state.requests.budget)
         return best_tree_index(self.expected, self.costs, yields.ratio(), weight)
 
-    def _guessed(self, params: Parameters, row: Float[Array, "B D"]) -> Int[Array, "B depth ranks"]:
+    def _guessed(
+        self, params: Parameters, row: Float[Array, "B W"], cache: KVCache
+    ) -> Int[Array, "B depth ranks"]:
         if self.depth == 0:
             return jnp.zeros((row.shape[0], 0, 1), jnp.int32)
-        return self.guesses(params, row, min(self.ranks, params.config.vocab_size))
+        return self.guesses(params, row, min(self.ranks, params.config.vocab_size), cache)
 
 
 def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
@@ -193,22 +213,6 @@ def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
         raise InputError(f"tree={text} is {tree.max_depth} deep; the heads guess {depth} places")
     ones = np.ones(1, np.float32)
     return Trees((tree,), ones * max(tree.max_depth, 1), ones, auto=False)
-
-
-def ranked(
-    params: Parameters, rows: Float[Array, "B T D"], ranks: int, chunk: int
-) -> Int[Array, "B T ranks"]:
-    """The likeliest tokens at rows behind the final norm, `chunk` positions of logits at a time."""
-    batch, length, width = rows.shape
-    chunk = min(chunk, length)
-    parts = -(-length // chunk)
-    padded = jnp.pad(rows, ((0, 0), (0, parts * chunk - length), (0, 0)))
-
-    def of_chunk(part: jax.Array) -> jax.Array:
-        return jax.lax.top_k(project(params, part), ranks)[1].astype(jnp.int32)
-
-    found = jax.lax.map(of_chunk, padded.reshape(batch, parts, chunk, width).swapaxes(0, 1))
-    return found.swapaxes(0, 1).reshape(batch, -1, ranks)[:, :length]
 
 
 def _branching(text: str) -> TokenTree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from mtd_jax.decoding.method import Requests
 from mtd_jax.decoding.sampling import SamplingRows
 from mtd_jax.parameters import size_in_bytes
 from mtd_jax.transformer.model import prepare_for_decoding
-from tests.support import tiny
+from tests.support import heads, tiny
 
 AR = methods.autoregressive()
 
@@ -45,21 +46,30 @@ def test_nothing_compiles_after_warm_up(batch_size: int) -> None:
     assert clock.compilations == 0
 
 
-SPECULATIVE: dict[str, Any] = {
-    "ngram": methods.ngram(),
-    "tree": methods.ngram(branches="2x2"),
-    "self_speculative": methods.self_speculative(skip_mlp="1", skip_attention="4-6", drafts=4),
+DEEP = tiny.config(
+    num_layers=12, hidden_size=128, intermediate_size=384, head_dim=32, vocab_size=512
+)
+
+
+def _hidden_transfer(pseudo: str) -> Any:
+    found = heads.random(tiny.language_model(DEEP), "hidden_transfer")
+    return methods.make_method("hidden_transfer", {"tree": "2x2", "pseudo": pseudo}, found)
+
+
+SPECULATIVE: dict[str, Callable[[], Any]] = {
+    "ngram": methods.ngram,
+    "tree": lambda: methods.ngram(branches="2x2"),
+    "self_speculative": lambda: methods.self_speculative("4-6", "1", drafts=4),
+    "hidden_transfer": lambda: _hidden_transfer("accepted"),
+    "hidden_transfer:all": lambda: _hidden_transfer("all"),
 }
 
 
 @pytest.mark.parametrize("method", SPECULATIVE)
 def test_choosing_rows_copies_neither_weights_nor_cache(method: str) -> None:
     """All sizes are in one program, and the cache passes through them where it lies."""
-    cfg = tiny.config(
-        num_layers=12, hidden_size=128, intermediate_size=384, head_dim=32, vocab_size=512
-    )
-    params = prepare_for_decoding(tiny.params(cfg))
-    made = SPECULATIVE[method]
+    params = prepare_for_decoding(tiny.params(DEEP))
+    made = SPECULATIVE[method]()
     state = _state(made, params, batch=1)
     memory: Any = engine.lower_run(made, params, state).compile().memory_analysis()
     # The stacked cache is 12 layers: a copy of keys or values alone is as much as six of them.
@@ -82,9 +92,7 @@ def _state(method: Any, params: Any, batch: int) -> Any:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_copies_neither_weights_nor_cache(layout: str, batch: int) -> None:
     """The loop's temporary memory stays under a layer's weights, whatever the model's depth."""
-    cfg = tiny.config(
-        num_layers=12, hidden_size=128, intermediate_size=384, head_dim=32, vocab_size=512
-    )
+    cfg = DEEP
     params = tiny.params(cfg)
     if layout == "prepared":
         params = prepare_for_decoding(params)

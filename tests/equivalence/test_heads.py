@@ -283,9 +283,18 @@ def test_a_resumed_run_is_bit_identical(place: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own_output", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("medusa", {"own_output": False}),
+        ("medusa", {"own_output": True}),
+        ("hidden_transfer", {"rank": 0}),
+        ("hidden_transfer", {"rank": 4}),
+    ],
+    ids=str,
+)
 def test_a_mesh_has_the_same_losses(
-    tmp_path_factory: pytest.TempPathFactory, own_output: bool
+    tmp_path_factory: pytest.TempPathFactory, method: str, options: dict[str, Any]
 ) -> None:
     directory = tmp_path_factory.mktemp("mesh")
     write_model(directory, **SIZES)
@@ -296,8 +305,8 @@ def test_a_mesh_has_the_same_losses(
         _, log = trained(
             directory,
             out=str(directory / name),
-            method="medusa",
-            options={"count": 2, "own_output": own_output, "loss": "cross_entropy"},
+            method=method,
+            options={"count": 2, "loss": "cross_entropy", **options},
             optimizer__steps=2,
             evaluate__every=0,
             **changes,

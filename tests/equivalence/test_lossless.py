@@ -33,9 +33,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "medusa:chain": {"tree": "chain"},
     "medusa:tree": {"tree": "2x2x1"},
     "medusa:random": {"tree": "3x1"},
+    "hidden_transfer": {},
+    "hidden_transfer:all": {"tree": "2x2x1", "pseudo": "all"},
+    "hidden_transfer:auto": {"pseudo": "all"},
+    "hidden_transfer:random": {"tree": "3x1"},
     "dmtd": {"cycle": 4, "early": 1, "late": 1, "lossless": True},
 }
-UNTRAINED = ("medusa:random",)
+UNTRAINED = ("medusa:random", "hidden_transfer:random")
 # Windows in some layers, and a context that the answers fill.
 CONFIG = tiny.config(sliding_windows=(None, 9, 5), max_position=100, eos_token_ids=())
 PROMPTS = [
@@ -220,7 +224,13 @@ CHECKS = (
 )
 
 
-FAST = (("ngram:tree", 3), ("prompt_lookup", 1), ("self_speculative", 3), ("medusa:tree", 3))
+FAST = (
+    ("ngram:tree", 3),
+    ("prompt_lookup", 1),
+    ("self_speculative", 3),
+    ("medusa:tree", 3),
+    ("hidden_transfer:all", 3),
+)
 
 
 @pytest.mark.parametrize(

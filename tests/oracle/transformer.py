@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,16 +20,22 @@ def logits(params: Parameters, tokens: list[int]) -> np.ndarray:
     return output(p, x)
 
 
-def layers(p: Parameters, x: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """[T, D] through layers start..stop-1; `p` holds numpy arrays."""
+def layers(
+    p: Parameters, x: np.ndarray, start: int, stop: int, places: Sequence[int] | None = None
+) -> np.ndarray:
+    """[T, D] through layers start..stop-1; `p` holds numpy arrays.
+
+    `places` are the rows' positions, ascending; by default 0, 1, ...
+    """
     config = p.config
+    at = np.arange(len(x)) if places is None else np.asarray(places)
     for layer in range(start, stop):
         block: dict[str, Any] = {
             name: None if (w := getattr(p.blocks, name)) is None else w[layer]
             for name in Block.__dataclass_fields__
         }
         window = None if config.sliding_windows is None else config.sliding_windows[layer]
-        x = x + _attention(config, block, _norm(x, block["attention_norm"], config), window)
+        x = x + _attention(config, block, _norm(x, block["attention_norm"], config), at, window)
         x = x + _mlp(block, _norm(x, block["mlp_norm"], config))
     return x
 
@@ -58,25 +65,29 @@ def _norm(x: np.ndarray, scale: np.ndarray, config: Any) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
 
 
-def _rotate(x: np.ndarray, config: Any) -> np.ndarray:
-    """[T, H], row t at position t: the pairs (i, i + H/2) turn by t theta^(-2i/H)."""
+def _rotate(x: np.ndarray, at: np.ndarray, config: Any) -> np.ndarray:
+    """[T, H], row t at position `at[t]`: the pairs (i, i + H/2) turn by at theta^(-2i/H)."""
     half = config.head_dim // 2
     out = np.empty_like(x)
     for i in range(half):
-        angle = np.arange(len(x)) * config.rope.theta ** (-i / half)
+        angle = at * config.rope.theta ** (-i / half)
         out[:, i] = x[:, i] * np.cos(angle) - x[:, i + half] * np.sin(angle)
         out[:, i + half] = x[:, i + half] * np.cos(angle) + x[:, i] * np.sin(angle)
     return out
 
 
-def _attention(config: Any, block: Any, x: np.ndarray, window: int | None) -> np.ndarray:
+def _attention(
+    config: Any, block: Any, x: np.ndarray, at: np.ndarray, window: int | None
+) -> np.ndarray:
     rows, group = x.shape[0], config.group_size
     heads = np.zeros((rows, config.num_kv_heads, group, config.head_dim))
     for key_head in range(config.num_kv_heads):
         for shared in range(group):
-            q, k, v = (_project(config, block, x, key_head, j) for j in (shared, group, group + 1))
+            q, k, v = (
+                _project(config, block, x, at, key_head, j) for j in (shared, group, group + 1)
+            )
             for t in range(rows):
-                first = 0 if window is None else max(0, t + 1 - window)
+                first = 0 if window is None else np.searchsorted(at, at[t] - window, side="right")
                 scores = k[first : t + 1] @ q[t] / math.sqrt(config.head_dim)
                 cap = config.attention_logit_softcap
                 scores = scores if cap is None else cap * np.tanh(scores / cap)
@@ -89,7 +100,9 @@ def _attention(config: Any, block: Any, x: np.ndarray, window: int | None) -> np
     return out if bias is None else out + bias
 
 
-def _project(config: Any, block: Any, x: np.ndarray, key_head: int, j: int) -> np.ndarray:
+def _project(
+    config: Any, block: Any, x: np.ndarray, at: np.ndarray, key_head: int, j: int
+) -> np.ndarray:
     """[T, H] of member j of a group: a query head, the key (G) or the value (G + 1)."""
     out = x @ block["qkv"][:, key_head, j]
     if block["qkv_bias"] is not None:
@@ -99,7 +112,7 @@ def _project(config: Any, block: Any, x: np.ndarray, key_head: int, j: int) -> n
     scale = block["k_norm"] if j == config.group_size else block["q_norm"]
     if scale is not None:
         out = _norm(out, scale, config)
-    return _rotate(out, config)
+    return _rotate(out, at, config)
 
 
 def _mlp(block: Any, x: np.ndarray) -> np.ndarray:
