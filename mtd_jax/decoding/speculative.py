@@ -95,6 +95,19 @@ def verify_draws(
     *,
     extend: Extend = extend,
 ) -> DecodeState:
+    """`draws_pass` for methods that have no use for what the pass computed."""
+    return draws_pass(params, state, drafts, count, log_q, extend=extend)[0]
+
+
+def draws_pass(
+    params: Parameters,
+    state: DecodeState,
+    drafts: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    log_q: Float[Array, "B T V"],
+    *,
+    extend: Extend = extend,
+) -> tuple[DecodeState, Pass]:
     """Verifies a chain that was drawn from `log_q` (`verify.rejection`); greedy rows too.
 
     `extend` is how rows pass the layers: `model.extend`, or what a method has in its place.
@@ -102,7 +115,7 @@ def verify_draws(
     tree = TokenTree.chain(drafts.shape[1])
     real = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
     on_tree = jnp.pad(jnp.where(real, drafts, -1), ((0, 0), (1, 0)))
-    _, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend)
+    x, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend)
     batch, nodes, vocab = logits.shape
     flat = logits.reshape(batch * nodes, vocab)
     rows = state.requests.sampling.repeat(nodes)
@@ -118,7 +131,7 @@ def verify_draws(
 
     any_sampled = jnp.any(state.requests.sampling.temperature > 0)
     verdict = jax.lax.cond(any_sampled, sampled, greedy)
-    return _settled(state, cache, verdict, count, None)
+    return _settled(state, cache, verdict, count, None), Pass(x, logits, verdict)
 
 
 def in_place_switch(

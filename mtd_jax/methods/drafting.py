@@ -38,22 +38,19 @@ class Trees(NamedTuple):
     auto: bool
 
 
-class _Known(struct.PyTreeNode):
+class Known(struct.PyTreeNode):
     """What a method keeps between steps."""
 
-    guesses: Leaf
-    """[B, depth, ranks] int32: candidates for the places behind the pending token; -1 is none."""
     row: Leaf
     """[B, D]: the last layer's output at the token before the pending one."""
     yields: Yields
+    guesses: Any = None
+    """[B, depth, ranks] int32: candidates for the places behind the pending token; -1 is none.
+    Of `RowDrafting` alone."""
 
 
-class RowDrafting(BaseMethod):
-    """A method whose drafts come from one row; `guesses` makes them.
-
-    Every step verifies the tree that pays, down to none, and drafts only if the next one will be
-    verified.
-    """
+class TreeDrafting(BaseMethod):
+    """A method whose drafts hang on static trees: every step verifies the one that pays."""
 
     costs: Any
     """[trees] float32: what a step with each tree costs, in any unit."""
@@ -96,6 +93,51 @@ class RowDrafting(BaseMethod):
         return self.sizes[-1]
 
     @abc.abstractmethod
+    def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
+        """The state behind a pass over this tree; `Known.row` is what the newest token is from."""
+
+    def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Drafts for the next step; here none, for methods that draft when they verify."""
+        return state.replace(partial=jnp.where(state.drafted > 0, 1, 0).astype(jnp.int32))
+
+    def kept(
+        self,
+        params: Parameters,
+        last: Float[Array, "B D"],
+        lengths: Int[Array, " B"],
+        requests: Requests,
+    ) -> Known:
+        """The prompt's last row, before anything is known."""
+        return Known(row=last, yields=Yields.empty(last.shape[0]))
+
+    def step(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Verifies the tree that pays and drafts from the last token that was kept."""
+        before: Known = state.extra
+        index = self.choice(before.yields, state)
+
+        def with_tree(tree: TokenTree) -> Any:
+            return lambda state: self.verified(params, state, tree)
+
+        state = in_place_switch(index, [with_tree(tree) for tree in self.trees], state)
+        accepted = jnp.maximum(state.emitted_count - 1, 0)
+        hoped = jnp.where(state.drafted > 0, self.expected[index], 0.0)
+        yields = before.yields.after(accepted, hoped)
+        state = state.replace(extra=state.extra.replace(yields=yields))
+        return self.drafted(params, state)
+
+    def choice(self, yields: Yields, state: DecodeState) -> Int[Array, ""]:
+        """Which of `trees` pays for the rows that are active."""
+        weight = urgency(state.active, state.requests.budget)
+        return best_tree_index(self.expected, self.costs, yields.ratio(), weight)
+
+
+class RowDrafting(TreeDrafting):
+    """A method whose drafts are made of the newest row alone, by `guesses`, at the end of a step.
+
+    Only if the next step will verify any.
+    """
+
+    @abc.abstractmethod
     def guesses(
         self, params: Parameters, row: Float[Array, "B D"], ranks: int
     ) -> Int[Array, "B depth ranks"]:
@@ -107,48 +149,34 @@ class RowDrafting(BaseMethod):
         last: Float[Array, "B D"],
         lengths: Int[Array, " B"],
         requests: Requests,
-    ) -> _Known:
+    ) -> Known:
         """What follows the first token, guessed from the prompt's last row."""
-        return _Known(
-            guesses=self._guessed(params, last), row=last, yields=Yields.empty(last.shape[0])
-        )
+        known = super().kept(params, last, lengths, requests)
+        return known.replace(guesses=self._guessed(params, last))
 
-    def step(self, params: Parameters, state: DecodeState) -> DecodeState:
-        """Verifies the tree that pays and drafts from the last token that was kept."""
-        before: _Known = state.extra
-        index = self._choice(before.yields, state)
+    def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
+        """The guesses of the step before, on the tree."""
+        known: Known = state.extra
+        drafts = known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
+        state, seen = verify_pass(params, state, tree, drafts, acceptance=self.acceptance)
+        return state.replace(extra=known.replace(row=seen.last_row))
 
-        def with_tree(tree: TokenTree) -> Any:
-            def verified(state: DecodeState) -> DecodeState:
-                known: _Known = state.extra
-                drafts = known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
-                state, seen = verify_pass(params, state, tree, drafts, acceptance=self.acceptance)
-                return state.replace(extra=known.replace(row=seen.last_row))
-
-            return verified
-
-        state = in_place_switch(index, [with_tree(tree) for tree in self.trees], state)
-        accepted = jnp.maximum(state.emitted_count - 1, 0)
-        hoped = jnp.where(state.drafted > 0, self.expected[index], 0.0)
-        yields = before.yields.after(accepted, hoped)
-        row = state.extra.row
+    def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Guesses from the row that the newest token was drawn from."""
+        known: Known = state.extra
         wanted = jnp.bool(self.depth > 0)
         if self.sizes[0] == 1 and len(self.sizes) > 1:
             # Guesses for a step that verifies none would be made for nothing.
-            wanted = self._choice(yields, state) > 0
+            wanted = self.choice(known.yields, state) > 0
             guesses = jax.lax.cond(
                 wanted,
-                lambda: self._guessed(params, row),
-                lambda: jnp.full(before.guesses.shape, -1, jnp.int32),
+                lambda: self._guessed(params, known.row),
+                lambda: jnp.full(known.guesses.shape, -1, jnp.int32),
             )
         else:
-            guesses = self._guessed(params, row)
+            guesses = self._guessed(params, known.row)
         partial = jnp.broadcast_to(wanted.astype(jnp.int32), state.pending.shape)
-        return state.replace(extra=_Known(guesses, row, yields), partial=partial)
-
-    def _choice(self, yields: Yields, state: DecodeState) -> Int[Array, ""]:
-        weight = urgency(state.active, state.requests.budget)
-        return best_tree_index(self.expected, self.costs, yields.ratio(), weight)
+        return state.replace(extra=known.replace(guesses=guesses), partial=partial)
 
     def _guessed(self, params: Parameters, row: Float[Array, "B D"]) -> Int[Array, "B depth ranks"]:
         if self.depth == 0:
