@@ -18,8 +18,10 @@ from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import MAX_NODES, TokenTree
 from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.methods import cp_drafting as _cp
 from mtd_jax.methods import medusa as _medusa
 from mtd_jax.methods.autoregressive import Autoregressive
+from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.dmtd import DMTD
 from mtd_jax.methods.ngram import NGram
 from mtd_jax.methods.prompt_lookup import PromptLookup
@@ -152,9 +154,24 @@ def medusa(heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact") -
     return _medusa.make(spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance)
 
 
+def cp(heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact") -> _cp.CP:
+    """Heads that foretell the next tokens jointly, as a mixture (`cp`).
+
+    Args:
+      heads: from `load_heads`.
+      tree: as for `medusa`; every node's children follow from the tokens on the way to it.
+      acceptance: `exact`: drafts are kept where the model draws the same; `rejection`: a chain is
+        drawn from the mixture, each draft kept with probability min(1, p / q), lossless too;
+        `typical`: what is likely enough (lossy).
+    """
+    spec = spec_of(heads, CPSpec)
+    return _cp.make(spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance)
+
+
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
     {
         Autoregressive.name: autoregressive,
+        CPSpec.name: cp,
         DMTD.name: dmtd,
         NGram.name: ngram,
         PromptLookup.name: prompt_lookup,
@@ -164,6 +181,7 @@ METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
 )
 SPECS: Mapping[str, type[HeadsSpec]] = MappingProxyType(
     {
+        CPSpec.name: CPSpec,
         _medusa.MedusaSpec.name: _medusa.MedusaSpec,
     }
 )

@@ -23,6 +23,10 @@ from tests.support import heads, tiny
 pytestmark = pytest.mark.filterwarnings("ignore:these weights were not trained")
 
 METHODS: dict[str, dict[str, Any]] = {
+    "cp": {},
+    "cp:chain": {"tree": "chain"},
+    "cp:rejection": {"tree": "chain", "acceptance": "rejection"},
+    "cp:tree": {"tree": "2x2x1"},
     "ngram": {},
     "ngram:chain": {"drafts": 4},
     "ngram:tree": {"branches": "3x2x1"},
@@ -189,7 +193,7 @@ def _penalties_are_as_strong(label: str, method: Any, batch_size: int) -> None:
 
 def _the_same_seed_draws_the_same_tokens(label: str, method: Any, batch_size: int) -> None:
     """Tokens are drawn by position, so drafts from the text change no draw."""
-    if label.startswith("self") or label == "dmtd":
+    if label.startswith("self") or label in ("cp:rejection", "dmtd"):
         return  # its drafts are drawn themselves: the distribution is the same, not each draw
     for sampling in (
         Sampling(0.3, seed=5),
@@ -220,7 +224,13 @@ CHECKS = (
 )
 
 
-FAST = (("ngram:tree", 3), ("prompt_lookup", 1), ("self_speculative", 3), ("medusa:tree", 3))
+FAST = (
+    ("cp:tree", 3),
+    ("medusa:tree", 3),
+    ("ngram:tree", 3),
+    ("prompt_lookup", 1),
+    ("self_speculative", 3),
+)
 
 
 @pytest.mark.parametrize(
