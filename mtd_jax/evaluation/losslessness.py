@@ -17,9 +17,10 @@ from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.requests import AnyPrompt, as_prompt, encode, without_cycles
 from mtd_jax.decoding.score import logits
 from mtd_jax.methods import reference
+from mtd_jax.methods.cp_drafting import CP
 from mtd_jax.methods.dmtd import DMTD, PLAIN, cycle_hidden
 from mtd_jax.transformer.model import unembed
-from mtd_jax.transformer.packed import Packed
+from mtd_jax.transformer.packed import Packed, frozen_rows
 
 FLOAT32_GAP = 1e-4
 """Logits nearer than this are a tie that the rounding of a product with more rows may break."""
@@ -83,8 +84,8 @@ def verify(
 ) -> LosslessReport:
     """Decodes every prompt greedily with ar alone and with the method, and compares the tokens.
 
-    Lossless DMTD is compared with cycles of one (`methods.reference`). `progress` is called twice a
-    batch.
+    Some methods are compared with another model's plain decoding (`methods.reference`). `progress`
+    is called twice a batch.
     """
     known = [as_prompt(p, i) for i, p in enumerate(prompts)]
     found = []
@@ -116,7 +117,7 @@ def compare(
 ) -> Comparison:
     """A method's answer to a prompt of these token ids beside plain decoding's.
 
-    `method` says whose logits a tie is judged by: lossless DMTD's are those of cycles of one.
+    `method` says whose logits a tie is judged by (`methods.reference`).
     """
     tokens = len(plain.token_ids)
     if ours.token_ids == plain.token_ids:
@@ -134,6 +135,10 @@ def compare(
     ids[:, : len(text)] = text
     if isinstance(method, DMTD):
         row = _row_of_heads(model, method, ids, len(prompt), len(text) - 1)
+    elif isinstance(method, CP) and method.marginal:
+        with model.on_mesh():
+            rows = frozen_rows(model.params, _alone(ids))
+            row = np.asarray(method.output(model.params, rows[:, len(text) - 1]))[0]
     else:
         row = np.asarray(logits(model, ids)[0, len(text) - 1])
     lower = min(row[ours.token_ids[position]], row[plain.token_ids[position]])
@@ -146,13 +151,18 @@ def _row_of_heads(
 ) -> np.ndarray:
     """[V] logits at a row of a text whose rows behind the prompt are all heads."""
     groups = method.groups(model.config)
-    order = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
-    answer = order >= (prompt if groups.anchor == "prompt" else 0)
-    batch = Packed(jnp.asarray(ids), jnp.ones_like(order), order, answer, answer)
-    places = jnp.where(answer, 0, PLAIN)
+    batch = _alone(ids, prompt if groups.anchor == "prompt" else 0)
+    places = jnp.where(batch.answer, 0, PLAIN)
     with model.on_mesh():
         hidden = cycle_hidden(model.params, batch, places, early=groups.early, late=groups.late)
         return np.asarray(unembed(model.params, hidden[:, row]))[0]
+
+
+def _alone(ids: np.ndarray, prompt: int = 0) -> Packed:
+    """Rows of one document each, of which so many tokens are the prompt."""
+    order = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
+    answer = order >= prompt
+    return Packed(jnp.asarray(ids), jnp.ones_like(order), order, answer, answer)
 
 
 def _allowed(model: LanguageModel, logit: float) -> float:

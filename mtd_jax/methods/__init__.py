@@ -190,12 +190,15 @@ takes `chain`."""
 
 
 def reference(method: Method) -> Method:
-    """Whose greedy tokens a lossless method emits: plain decoding, or for DMTD cycles of one.
+    """Whose greedy tokens a lossless method emits: plain decoding, mostly.
 
-    Late layers that get a sum are another model than plain ones.
+    For DMTD cycles of one: late layers that get a sum are another model than plain ones. For CP
+    heads that were trained with their trunk, the mixture's first token.
     """
     if isinstance(method, DMTD):
         return method.replace(cycle=1, lossless=False)
+    if isinstance(method, _cp.CP) and method.marginal:
+        return method.plain()
     return autoregressive()
 
 

@@ -39,27 +39,45 @@ class CP(TreeDrafting):
     weights: CPWeights
     drawn: bool = struct.field(pytree_node=False, default=False)
     """Drafts are tested by min(1, p / q), with the conditional that they were drawn from."""
+    marginal: bool = struct.field(pytree_node=False, default=False)
+    """What is decoded is the mixture's own first token: the trunk was trained with the heads."""
 
     name: ClassVar[str] = CPSpec.name
+
+    def plain(self) -> CP:
+        """The same without drafts: one token a step."""
+        once = jnp.ones(1, jnp.float32)
+        return self.replace(trees=(TokenTree.chain(0),), expected=0 * once, costs=once, auto=False)
 
     def partial_bytes(self, params: Parameters, cached: float) -> float:
         """The heads and what they read with, once for all drafts of a step."""
         output = math.prod(declare(params.config).embedding.shape) * params.embedding.itemsize
         return size_in_bytes(self.weights) + (output if self.weights.output is None else 0)
 
+    def output(self, params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """The model's logits; or where they were trained together the marginal (eq. 11)."""
+        if not self.marginal:
+            return super().output(params, x)
+        e = normed(params, x)
+        tables = self.weights.first(1).log_p(params, e)[..., 0, :]
+        return cp_mixture.mixed(self.weights.log_w(e), tables)
+
     def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
         """Drafts behind the pending token, and verifies them."""
         known: Known = state.extra
         if tree.size == 1:
             nothing = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
-            state, seen = verify_pass(params, state, tree, nothing)
+            state, seen = verify_pass(params, state, tree, nothing, output=self.output)
             return state.replace(extra=known.replace(row=seen.last_row))
         drafts, log_q = self.drafts(params, known.row, state, tree)
         if self.drawn:
             many = jnp.full_like(state.pending, tree.max_depth)
-            state, seen = draws_pass(params, state, drafts, many, log_q)
+            state, seen = draws_pass(params, state, drafts, many, log_q, output=self.output)
         else:
-            state, seen = verify_pass(params, state, tree, drafts, acceptance=self.acceptance)
+            rule = self.acceptance
+            state, seen = verify_pass(
+                params, state, tree, drafts, acceptance=rule, output=self.output
+            )
         return state.replace(extra=known.replace(row=seen.last_row))
 
     def drafts(
@@ -130,6 +148,7 @@ def make(
         auto=trees.auto,
         weights=weights,
         drawn=drawn,
+        marginal=spec.trunk == "trained",
     )
 
 

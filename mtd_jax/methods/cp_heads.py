@@ -71,6 +71,9 @@ class CPSpec(HeadsSpec):
     """Weight of a step's loss against that of the step before it (`distillation`)."""
     balance: float = 0.0
     """c: weight of `cp_mixture.balance`, against one expert doing all the work."""
+    trunk: Literal["frozen", "trained"] = "frozen"
+    """`trained`: with the heads, from the joint loss; a model of random weights from scratch. What
+    is decoded is then the mixture's own first token (the paper's eq. 11)."""
 
     name: ClassVar[str] = "cp"
 
@@ -88,6 +91,8 @@ class CPSpec(HeadsSpec):
             raise InputError(f"gamma must be over 0 and at most 1, got {self.gamma}")
         if not 0.0 <= self.balance < math.inf:
             raise InputError(f"balance must be at least 0, got {self.balance}")
+        if self.trunk == "trained" and self.loss != "joint":
+            raise InputError("trunk=trained leaves no base to distil from: say loss=joint")
 
     @property
     def depth(self) -> int:
@@ -137,7 +142,7 @@ class CPSpec(HeadsSpec):
         *,
         chunk: int,
     ) -> tuple[jax.Array, Totals]:
-        """`mixture_loss` on the rows of a base that stays."""
+        """`mixture_loss` on the rows of a base that stays (`training.whole` trains it too)."""
         base = jax.lax.stop_gradient(base)
         e = normed(base, frozen_rows(base, batch))
         return self.mixture_loss(weights, base, e, batch, counts, chunk=chunk, frozen=True)

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtd_jax import methods
+from mtd_jax import generate, methods
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import Requests
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.errors import InputError
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cp_weights import CPWeights
 from mtd_jax.transformer.model import Parameters, forward, normed
@@ -225,3 +226,38 @@ def test_drafts_of_drawing_rows_share_the_noise_of_the_draw() -> None:
     # Both are uniform now.
     after = method.step(flat, state)
     assert after.emitted_count.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("decoding", [{"tree": "2x2x1"}, {"acceptance": "rejection"}], ids=str)
+def test_a_whole_model_decodes_its_own_first_token(decoding: dict[str, Any]) -> None:
+    """The marginal of step 1 is what is verified, what is drawn behind the prompt, and the base."""
+    model = tiny.language_model()
+    made: Any = methods.make_method("cp", {"tree": "chain"} | decoding, _fitted())
+    method = made.replace(marginal=True)
+    plain: Any = methods.reference(method)
+    assert plain.max_emit == 1
+    for temperature in (0.0,) if method.drawn else (0.0, 0.8):
+        sampling = Sampling(temperature, seed=3)
+        found, expected = (
+            generate(model, m, PROMPTS, max_new_tokens=20, sampling=sampling)
+            for m in (method, plain)
+        )
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+        assert sum(c.metrics.accepted for c in found) > 0
+    for prompt, completion in zip(PROMPTS, _greedy(plain), strict=True):
+        text = [*prompt, *completion]
+        w, p, _ = _tables(_fitted().weights, model.params, text)
+        said = np.einsum("tr,trv->tv", w, p[:, :, 0]).argmax(-1)
+        assert said[len(prompt) - 1 : -1].tolist() == completion
+
+
+def _greedy(method: Any) -> list[list[int]]:
+    done = generate(tiny.language_model(), method, PROMPTS, max_new_tokens=20)
+    return [list(c.token_ids) for c in done]
+
+
+def test_rejection_takes_chains() -> None:
+    method: Any = methods.make_method("cp", {"acceptance": "rejection"}, _fitted())
+    assert all(tree.is_chain for tree in method.trees)
+    with pytest.raises(InputError, match="tests chains"):
+        methods.make_method("cp", {"acceptance": "rejection", "tree": "2x1"}, _fitted())

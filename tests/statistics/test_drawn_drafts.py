@@ -45,7 +45,7 @@ def _heads(model: LanguageModel, name: str) -> Heads | None:
     if name not in mtd.methods.SPECS:
         return None
     texts = heads.answers(model, [PROMPT, PROMPT[::-1], [9, 8, 7]], 20)
-    return heads.fitted(model, texts, name, steps=20, rank=2)
+    return heads.fitted(model, texts, name, steps=20, rank=2, tokens=3)
 
 
 @pytest.mark.slow
