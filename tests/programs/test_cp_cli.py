@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("trunk", ["frozen", "trained"])
+@pytest.mark.parametrize("trunk", ["frozen", pytest.param("trained", marks=pytest.mark.slow)])
 def test_from_a_config_to_a_proof(place: Path, trunk: str) -> None:
     out, whole = place / trunk, trunk == "trained"
     config = write_config(
