@@ -51,8 +51,11 @@ class BaseMethod(struct.PyTreeNode, abc.ABC):
         lengths: Int[Array, " B"],
         requests: Requests,
         capacity: int,
-    ) -> tuple[Float[Array, "B D"], KVCache]:
-        """The last layer's output at each prompt's last token, and the cache; as any decoder."""
+    ) -> tuple[Float[Array, "B W"], KVCache]:
+        """What `kept` wants of each prompt's last row, and the cache; as any decoder.
+
+        The last layer's output comes first; for most it is all (W = D).
+        """
         return read_prompt(params, tokens, lengths, capacity)
 
     def output(self, params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
@@ -62,11 +65,11 @@ class BaseMethod(struct.PyTreeNode, abc.ABC):
     def kept(
         self,
         params: Parameters,
-        last: Float[Array, "B D"],
-        lengths: Int[Array, " B"],
+        last: Float[Array, "B W"],
+        cache: KVCache,
         requests: Requests,
     ) -> Any:
-        """`DecodeState.extra` behind the prompts, of which `last` is the last layer's output."""
+        """`DecodeState.extra` behind the prompts; `last` and `cache` are what `read` found."""
         return None
 
     def prefill(
@@ -79,8 +82,8 @@ class BaseMethod(struct.PyTreeNode, abc.ABC):
     ) -> DecodeState:
         """Reads the prompts and draws the first token of each."""
         last, cache = self.read(params, tokens, lengths, requests, capacity)
-        extra = self.kept(params, last, lengths, requests)
-        output = self.output
+        extra = self.kept(params, last, cache, requests)
+        last, output = last[:, : params.config.hidden_size], self.output
         return first_state(params, last, cache, tokens, requests, self.max_emit, extra, output)
 
     @abc.abstractmethod

@@ -40,8 +40,9 @@ def read_prompt(
     lengths: Int[Array, " B"],
     capacity: int,
     extend: Extend = extend,
+    width: int | None = None,
     **by_row: Array,
-) -> tuple[Float[Array, "B D"], KVCache]:
+) -> tuple[Float[Array, "B W"], KVCache]:
     """Runs the prompts through the model, a chunk at a time.
 
     Chunks beyond the longest prompt are not run, so a bucket costs no more than what is in it. On a
@@ -49,10 +50,11 @@ def read_prompt(
 
     Args:
       extend: how rows pass the layers: `model.extend`, or what a method has in its place.
+      width: of the rows that it puts out; None is the model's.
       by_row: arrays [B, ...] that it takes beside the others.
 
     Returns:
-      the last layer's output at each prompt's last token, and the cache holding `lengths` tokens.
+      what `extend` put out at each prompt's last token, and the cache holding `lengths` tokens.
     """
     batch, padded = tokens.shape
     if padded > capacity:
@@ -63,8 +65,9 @@ def read_prompt(
     # Whole chunks only: a slice that sticks out would be clamped and read other tokens.
     tokens = jnp.pad(tokens, ((0, 0), (0, -padded % size)))
     cache = KVCache.empty(params.config, batch, capacity, params.embedding.dtype)
+    last = jnp.zeros((batch, width or params.config.hidden_size), params.embedding.dtype)
     if not alone or batch == 1:
-        last, cache = _read_chunks(params, cache, tokens, lengths, size, extend, by_row)
+        last, cache = _read_chunks(params, cache, last, tokens, lengths, size, extend, by_row)
         return last, cache.replace(length=lengths)
 
     def read(b: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
@@ -75,12 +78,13 @@ def read_prompt(
 
         mine = KVCache(k=row(cache.k, 1), v=row(cache.v, 1), length=row(cache.length))
         others = {name: row(x) for name, x in by_row.items()}
-        found, mine = _read_chunks(params, mine, row(tokens), row(lengths), size, extend, others)
+        found, mine = _read_chunks(
+            params, mine, row(last), row(tokens), row(lengths), size, extend, others
+        )
         place = jax.lax.dynamic_update_slice_in_dim
         cache = cache.replace(k=place(cache.k, mine.k, b, 1), v=place(cache.v, mine.v, b, 1))
         return place(last, found, b, 0), cache
 
-    last = jnp.zeros((batch, params.config.hidden_size), params.embedding.dtype)
     last, cache = jax.lax.fori_loop(jnp.int32(0), jnp.int32(batch), read, (last, cache))
     return last, cache.replace(length=lengths)
 
@@ -88,12 +92,13 @@ def read_prompt(
 def _read_chunks(
     params: Parameters,
     cache: KVCache,
+    last: Float[Array, "B W"],
     tokens: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     size: int,
     extend: Extend,
     by_row: Mapping[str, Array],
-) -> tuple[Float[Array, "B D"], KVCache]:
+) -> tuple[Float[Array, "B W"], KVCache]:
     """`read_prompt` for rows side by side, `size` of their tokens at a time."""
     batch = tokens.shape[0]
     context = jnp.broadcast_to(lengths[:, None], (batch, size))
@@ -109,7 +114,6 @@ def _read_chunks(
         found = jnp.take_along_axis(x, jnp.clip(row, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return jnp.where(here[:, None], found, last), cache
 
-    last = jnp.zeros((batch, params.config.hidden_size), params.embedding.dtype)
     chunks = (jnp.max(lengths) + size - 1) // size
     return jax.lax.fori_loop(jnp.int32(0), chunks, read, (last, cache))
 

@@ -25,7 +25,8 @@ class Pass(struct.PyTreeNode):
     """What a verifying pass computed, for methods that draft from it."""
 
     rows: Leaf
-    """[B, M, D]: what the last layer put out at every node, before the final norm."""
+    """[B, M, W]: what `extend` put out at every node: the last layer's output before the final
+    norm, and behind it whatever else the method wants."""
     logits: Leaf
     """[B, M, V] float32: the model's, penalties applied."""
     verdict: verify.Verdict
@@ -37,7 +38,7 @@ class Pass(struct.PyTreeNode):
         return path[:, -1]
 
     @property
-    def last_row(self) -> Float[Array, "B D"]:
+    def last_row(self) -> Float[Array, "B W"]:
         """`rows` at the last node that was kept: the newest token of the text was drawn from it."""
         return jnp.take_along_axis(self.rows, self.last[:, None, None], axis=1)[:, 0]
 
@@ -61,18 +62,20 @@ def verify_pass(
     drafts: Int[Array, "B drafts"],
     *,
     acceptance: Acceptance = "exact",
+    extend: Extend = extend,
     output: Output = unembed,
 ) -> tuple[DecodeState, Pass]:
     """Verifies drafts that were not drawn at random.
 
     Args:
       drafts: the tokens of nodes 1, 2, ... of the tree; -1 is none.
-      output: `model.unembed`, or what a method has in its place.
+      extend: how rows pass the layers: `model.extend`, or what a method has in its place.
+      output: the same for `model.unembed`.
       acceptance: `exact`: at every node a token is drawn with the key of its position, so that what
         is emitted is what plain decoding emits, at any temperature. `typical` is lossy.
     """
     on_tree = jnp.pad(drafts, ((0, 0), (1, 0)))
-    x, logits, positions, cache = _target_logits(params, state, tree, on_tree, output=output)
+    x, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend, output)
     batch, nodes, vocab = logits.shape
     flat = logits.reshape(batch * nodes, vocab)
     rows = state.requests.sampling.repeat(nodes)
@@ -167,7 +170,7 @@ def _target_logits(
     extend: Extend = extend,
     output: Output = unembed,
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
-    """Rows [B, M, D] and penalised logits [B, M, V] of all nodes, places [B, M] of what follows."""
+    """Rows [B, M, W] and penalised logits [B, M, V] of all nodes, places [B, M] of what follows."""
     on_tree = on_tree.at[:, 0].set(state.pending)
     ancestors = None if tree.is_chain else tree.ancestors
     tokens = jnp.maximum(on_tree, 0)
@@ -176,7 +179,8 @@ def _target_logits(
     ways = jnp.asarray(tree.paths)
     fresh = (ways > 0) & (jnp.arange(ways.shape[1])[None, :] <= jnp.asarray(tree.depth)[:, None])
     on_way = jnp.where(fresh[None], on_tree[:, ways], -1)
-    logits = penalized(output(params, x), state.requests.sampling, state.history, on_way)
+    out = output(params, x[..., : params.config.hidden_size])
+    logits = penalized(out, state.requests.sampling, state.history, on_way)
     positions = state.cache.length[:, None] + 1 + jnp.asarray(tree.depth)[None, :]
     return x, logits, positions, cache
 

@@ -13,6 +13,7 @@ from mtd_jax.decoding.base_method import BaseMethod
 from mtd_jax.decoding.method import DecodeState, Requests
 from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_drafts
 from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.typing import Array, Float, Int
 
@@ -58,7 +59,7 @@ class Copying(BaseMethod):
         self,
         params: Parameters,
         last: Float[Array, "B D"],
-        lengths: Int[Array, " B"],
+        cache: KVCache,
         requests: Requests,
     ) -> AcceptanceRates:
         """How often drafts of each length of match were right."""

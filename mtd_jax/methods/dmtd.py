@@ -227,12 +227,12 @@ class DMTD(BaseMethod):
         self,
         params: Parameters,
         last: Float[Array, "B D"],
-        lengths: Int[Array, " B"],
+        cache: KVCache,
         requests: Requests,
     ) -> _Refill:
         """Nothing waits for the middle layers: they have seen the prompts."""
         waiting = jnp.zeros((last.shape[0], self.cycle, last.shape[1]), last.dtype)
-        return _Refill(waiting=waiting, middle_length=lengths, cycle=self._cycles(requests))
+        return _Refill(waiting=waiting, middle_length=cache.length, cycle=self._cycles(requests))
 
     def _cycles(self, requests: Requests) -> Int[Array, " B"]:
         """Tokens of each row's cycle."""

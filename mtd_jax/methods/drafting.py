@@ -1,6 +1,6 @@
 """What methods share whose heads draft from one row: trees, adaptation, verification.
 
-The row is the last layer's output at the newest token that was verified. All drafts of a step come
+The row is what the layers put out at the newest token that was verified. All drafts of a step come
 from it: a few guesses for each of the next places, which a static tree combines.
 """
 
@@ -17,11 +17,12 @@ from flax import struct
 from mtd_jax import backend
 from mtd_jax.decoding.adaptive import Yields, best_tree_index, urgency
 from mtd_jax.decoding.base_method import BaseMethod
-from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.method import DecodeState, Extend, Requests
 from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_pass
 from mtd_jax.decoding.tree import TokenTree, build_tree
 from mtd_jax.errors import InputError
-from mtd_jax.transformer.model import Parameters, project
+from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.model import Parameters, extend
 from mtd_jax.typing import Array, Float, Int, Leaf
 
 _AUTO_SIZES = (1, 4, 8, 16)
@@ -42,7 +43,7 @@ class Known(struct.PyTreeNode):
     """What a method keeps between steps."""
 
     row: Leaf
-    """[B, D]: the last layer's output at the token before the pending one."""
+    """[B, W]: what `extend` put out at the token before the pending one."""
     yields: Yields
     guesses: Any = None
     """[B, depth, ranks] int32: candidates for the places behind the pending token; -1 is none.
@@ -103,8 +104,8 @@ class TreeDrafting(BaseMethod):
     def kept(
         self,
         params: Parameters,
-        last: Float[Array, "B D"],
-        lengths: Int[Array, " B"],
+        last: Float[Array, "B W"],
+        cache: KVCache,
         requests: Requests,
     ) -> Known:
         """The prompt's last row, before anything is known."""
@@ -139,26 +140,35 @@ class RowDrafting(TreeDrafting):
 
     @abc.abstractmethod
     def guesses(
-        self, params: Parameters, row: Float[Array, "B D"], ranks: int
+        self, params: Parameters, row: Float[Array, "B W"], ranks: int, cache: KVCache
     ) -> Int[Array, "B depth ranks"]:
-        """Different tokens for each place behind the one drawn from `row`, likeliest first."""
+        """Different tokens for each place behind the one drawn from `row`, likeliest first.
+
+        Args:
+          row: what `extend` put out there; its keys and values are the last ones of the `cache`.
+        """
+
+    def walk(self, tree: TokenTree | None) -> Extend:
+        """How the rows of a tree (None: of a prompt) pass the layers."""
+        return extend
 
     def kept(
         self,
         params: Parameters,
-        last: Float[Array, "B D"],
-        lengths: Int[Array, " B"],
+        last: Float[Array, "B W"],
+        cache: KVCache,
         requests: Requests,
     ) -> Known:
         """What follows the first token, guessed from the prompt's last row."""
-        known = super().kept(params, last, lengths, requests)
-        return known.replace(guesses=self._guessed(params, last))
+        known = super().kept(params, last, cache, requests)
+        return known.replace(guesses=self._guessed(params, last, cache))
 
     def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
         """The guesses of the step before, on the tree."""
         known: Known = state.extra
         drafts = known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
-        state, seen = verify_pass(params, state, tree, drafts, acceptance=self.acceptance)
+        rule, extend = self.acceptance, self.walk(tree)
+        state, seen = verify_pass(params, state, tree, drafts, acceptance=rule, extend=extend)
         return state.replace(extra=known.replace(row=seen.last_row))
 
     def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
@@ -170,18 +180,20 @@ class RowDrafting(TreeDrafting):
             wanted = self.choice(known.yields, state) > 0
             guesses = jax.lax.cond(
                 wanted,
-                lambda: self._guessed(params, known.row),
+                lambda: self._guessed(params, known.row, state.cache),
                 lambda: jnp.full(known.guesses.shape, -1, jnp.int32),
             )
         else:
-            guesses = self._guessed(params, known.row)
+            guesses = self._guessed(params, known.row, state.cache)
         partial = jnp.broadcast_to(wanted.astype(jnp.int32), state.pending.shape)
         return state.replace(extra=known.replace(guesses=guesses), partial=partial)
 
-    def _guessed(self, params: Parameters, row: Float[Array, "B D"]) -> Int[Array, "B depth ranks"]:
+    def _guessed(
+        self, params: Parameters, row: Float[Array, "B W"], cache: KVCache
+    ) -> Int[Array, "B depth ranks"]:
         if self.depth == 0:
             return jnp.zeros((row.shape[0], 0, 1), jnp.int32)
-        return self.guesses(params, row, min(self.ranks, params.config.vocab_size))
+        return self.guesses(params, row, min(self.ranks, params.config.vocab_size), cache)
 
 
 def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
@@ -221,22 +233,6 @@ def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
         raise InputError(f"tree={text} is {tree.max_depth} deep; the heads guess {depth} places")
     ones = np.ones(1, np.float32)
     return Trees((tree,), ones * max(tree.max_depth, 1), ones, auto=False)
-
-
-def ranked(
-    params: Parameters, rows: Float[Array, "B T D"], ranks: int, chunk: int
-) -> Int[Array, "B T ranks"]:
-    """The likeliest tokens at rows behind the final norm, `chunk` positions of logits at a time."""
-    batch, length, width = rows.shape
-    chunk = min(chunk, length)
-    parts = -(-length // chunk)
-    padded = jnp.pad(rows, ((0, 0), (0, parts * chunk - length), (0, 0)))
-
-    def of_chunk(part: jax.Array) -> jax.Array:
-        return jax.lax.top_k(project(params, part), ranks)[1].astype(jnp.int32)
-
-    found = jax.lax.map(of_chunk, padded.reshape(batch, parts, chunk, width).swapaxes(0, 1))
-    return found.swapaxes(0, 1).reshape(batch, -1, ranks)[:, :length]
 
 
 def _branching(text: str) -> TokenTree:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,15 @@ from flax import struct
 from jax.nn import initializers
 
 from mtd_jax.config import ModelConfig
-from mtd_jax.decoding.heads import HeadsSpec
 from mtd_jax.decoding.speculative import Acceptance
-from mtd_jax.errors import InputError
-from mtd_jax.methods.drafting import RowDrafting, choose_trees, ranked
+from mtd_jax.methods.drafting import RowDrafting, choose_trees
+from mtd_jax.methods.row_heads import RowHeadsSpec
 from mtd_jax.parameters import Weight, size_in_bytes
+from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.linear import contract
-from mtd_jax.transformer.losses import Totals, cross_entropy, divergence
 from mtd_jax.transformer.model import Parameters, declare, normed, project
 from mtd_jax.transformer.packed import Packed, frozen_rows
 from mtd_jax.typing import Array, Float, Int
-
-_MOST_HEADS = 16
 
 
 class MedusaWeights(struct.PyTreeNode):
@@ -70,36 +67,18 @@ class MedusaWeights(struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class MedusaSpec(HeadsSpec):
+class MedusaSpec(RowHeadsSpec):
     """Options of Medusa that say what is trained, and how.
 
     Raises:
       InputError: a value outside its range.
     """
 
-    count: int = 3
-    """k: heads, each for one more place behind the next token."""
     own_output: bool = False
     """Each head has an output matrix of its own, which begins as the base's (as published). By
     default all share the base's: a thirtieth of the size for a small model."""
-    loss: Literal["cross_entropy", "distillation"] = "distillation"
-    """`cross_entropy` with the text, or `distillation`: the divergence from what the base itself
-    says at that place, KL(p_base(. | x_<=n+i+1) || p_i(. | x_<=n))."""
-    decay: float = 0.8
-    """Weight of a head's loss against that of the head before it."""
 
     name: ClassVar[str] = "medusa"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.count <= _MOST_HEADS:
-            raise InputError(f"count must be between 1 and {_MOST_HEADS}, got {self.count}")
-        if not 0.0 < self.decay <= 1.0:
-            raise InputError(f"decay must be over 0 and at most 1, got {self.decay}")
-
-    @property
-    def depth(self) -> int:
-        """Every head guesses one place."""
-        return self.count
 
     def declare(self, config: ModelConfig) -> MedusaWeights:
         """`Weight`s; zeros make a head of the base's own guess."""
@@ -122,58 +101,16 @@ class MedusaSpec(HeadsSpec):
         own = [head.astype(jnp.float32) for _ in range(self.count)]
         return zeros.replace(output=tuple(own))
 
-    def counts(self, batch: Packed) -> Totals:
-        """Tokens to guess, for each head and in all."""
-        each = [batch.targets(i + 2)[1].sum(dtype=jnp.float32) for i in range(self.count)]
-        return {"loss": sum(each[1:], each[0]), **{_count(i): n for i, n in enumerate(each)}}
-
-    def training_loss(
-        self,
-        weights: MedusaWeights,
-        base: Parameters,
-        batch: Packed,
-        counts: Totals,
-        *,
-        chunk: int,
-    ) -> tuple[jax.Array, Totals]:
-        """sum_i decay^i mean_n L_i(n), and how often each head's best guess is right."""
-        base = jax.lax.stop_gradient(base)
+    def rows(
+        self, weights: MedusaWeights, base: Parameters, batch: Packed
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T k D"]]:
+        """From the last layer's output alone."""
         h = normed(base, frozen_rows(base, batch))
-        rows = weights.rows(h)
-        loss, measured = jnp.float32(0), {}
-        for i in range(self.count):
-            targets, wanted = batch.targets(i + 2)
-            reader = weights.head(base, i)
-            if self.loss == "distillation":
-                teacher = jnp.pad(h[:, i + 1 :], ((0, 0), (0, min(i + 1, h.shape[1])), (0, 0)))
-                found = divergence(
-                    reader,
-                    rows[..., i, :],
-                    teacher,
-                    wanted,
-                    chunk=chunk,
-                    normed=True,
-                    base=base if self.own_output else None,
-                )
-            else:
-                found = cross_entropy(
-                    reader, rows[..., i, :], targets, wanted, chunk=chunk, normed=True
-                )
-            share = jnp.maximum(counts[_count(i)], 1.0)
-            loss = loss + self.decay**i * found["loss"] / share
-            measured[f"accuracy_{i + 1}"] = found["right"] / share
-        return loss, {"loss": loss, **measured}
+        return h, weights.rows(h)
 
-    def guesses(
-        self, weights: MedusaWeights, base: Parameters, batch: Packed, ranks: int, *, chunk: int
-    ) -> tuple[Int[Array, "B T"], Int[Array, "B T k ranks"]]:
-        """Of every position, as `HeadsSpec.guesses` says."""
-        h = normed(base, frozen_rows(base, batch))
-        rows = weights.rows(h)
-        heads = [
-            ranked(weights.head(base, i), rows[..., i, :], ranks, chunk) for i in range(self.count)
-        ]
-        return ranked(base, h, 1, chunk)[..., 0], jnp.stack(heads, axis=2)
+    def reader(self, weights: MedusaWeights, base: Parameters, i: int) -> Parameters:
+        """The base, with the output matrix of head i if it has one."""
+        return weights.head(base, i)
 
     def flops(self, config: ModelConfig) -> float:
         """2 for each weight forward, 2 for its gradient, 2 for the row's where that is wanted."""
@@ -196,7 +133,11 @@ class Medusa(RowDrafting):
         return size_in_bytes(self.weights) + shared
 
     def guesses(
-        self, params: Parameters, row: Float[Array, "B D"], ranks: int
+        self,
+        params: Parameters,
+        row: Float[Array, "B D"],
+        ranks: int,
+        cache: KVCache | None = None,
     ) -> Int[Array, "B depth ranks"]:
         """The likeliest tokens of every head."""
         logits = self.logits(params, row)
@@ -230,8 +171,3 @@ def make(
         auto=trees.auto,
         weights=weights.first(depth),
     )
-
-
-def _count(i: int) -> str:
-    """The name under which the tokens for head i are counted."""
-    return f"head_{i + 1}"

@@ -81,7 +81,7 @@ class SelfSpeculative(BaseMethod):
         self,
         params: Parameters,
         last: Float[Array, "B D"],
-        lengths: Int[Array, " B"],
+        cache: KVCache,
         requests: Requests,
     ) -> _Adaptation:
         """Thresholds and rates before anything is known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from mtd_jax.typing import Array, Bool, Float
 
 # Large enough that exp() of it is zero after the row maximum is subtracted, and finite, so that a
 # row which sees nothing (an unused cache row) gives numbers and no NaN.
-_HIDDEN = -1e30
+HIDDEN = -1e30
+"""The score of a key that a row does not see."""
 _PART, _SMALLEST_PART = 512, 32
 _SCORES = 2**25
 """Bytes of scores that a device holds at a time: they stay on a TPU's chip between two products,
@@ -44,7 +46,7 @@ def attend(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = scores.reshape(batch, kv_heads, rows, group, -1)
-    scores = jnp.where(mask[:, None, :, None, :], scores, jnp.float32(_HIDDEN))
+    scores = jnp.where(mask[:, None, :, None, :], scores, jnp.float32(HIDDEN))
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     weights = weights.reshape(batch, kv_heads, rows * group, -1)
     out = jnp.einsum("BKRS,BKSH->BKRH", weights, v, precision=precision)
@@ -64,28 +66,38 @@ def attend_in_parts(
     All at once they take 4 N T S bytes a sequence, 2 GB for 32 heads and 4096 tokens. The backward
     pass makes each part's scores again. On a mesh each device's share decides the part's size.
     """
-    batch, length = q.shape[:2]
-    size = _rows_at_a_time(q, k.shape[-1])
+
+    def part(rows: tuple[jax.Array, ...]) -> jax.Array:
+        return attend(rows[0], k, v, rows[1], softcap=softcap)
+
+    return in_parts(part, (q, mask), rows_at_a_time(q, k.shape[-1]))
+
+
+def in_parts(
+    attention: Callable[[tuple[jax.Array, ...]], jax.Array], rows: tuple[jax.Array, ...], size: int
+) -> jax.Array:
+    """`attention(rows)` for arrays [B, T, ...], of which `size` rows are looked at at a time."""
+    batch, length = rows[0].shape[:2]
     while length % size and size > _SMALLEST_PART:
         size //= 2
     if length <= size or length % size:
-        return attend(q, k, v, mask, softcap=softcap)
-
-    @jax.checkpoint
-    def part(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return attend(rows[0], k, v, rows[1], softcap=softcap)
+        return attention(rows)
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    return jax.lax.map(part, (split(q), split(mask))).swapaxes(0, 1).reshape(q.shape)
+    found = jax.lax.map(jax.checkpoint(attention), jax.tree.map(split, rows)).swapaxes(0, 1)
+    return found.reshape(batch, length, *found.shape[3:])
 
 
-def _rows_at_a_time(q: Float[Array, "B T K G H"], keys: int) -> int:
-    """Rows whose scores fit `_SCORES` on each device, within bounds that keep products large."""
+def rows_at_a_time(q: Float[Array, "B T K G H"], keys: int, each: int = 1) -> int:
+    """Rows whose scores fit `_SCORES` on each device, within bounds that keep products large.
+
+    `each` rows of `q` count as one.
+    """
     batch, _, kv_heads, group, _ = q.shape
     heads = kv_heads * group // math.gcd(kv_heads, parts("kv_heads"))
-    row = 4 * max(1, batch // parts("batch")) * heads * keys
+    row = 4 * each * max(1, batch // parts("batch")) * heads * keys
     size = _PART
     while size > _SMALLEST_PART and size * row > _SCORES:
         size //= 2

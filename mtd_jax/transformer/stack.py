@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,13 @@ from flax import struct
 from mtd_jax.config import ModelConfig
 from mtd_jax.transformer import masks
 from mtd_jax.transformer.attention import attend, attend_in_parts
+from mtd_jax.transformer.beside import Beside, attend_beside
 from mtd_jax.transformer.block import Block, apply_attention, apply_block, apply_mlp
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.rope import rotary
 from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 
+Carry = TypeVar("Carry")
 Remat: TypeAlias = Literal["none", "layer", "dots"]
 Blocks: TypeAlias = Block | tuple[Block, ...]
 Inject: TypeAlias = Callable[
@@ -81,6 +84,7 @@ def decode_range(
     slots: Int[Array, "B T"],
     skip: Skip | None = None,
     keep: Bool[Array, "L 2"] | None = None,
+    beside: Beside | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs layers start..stop-1 on rows `x`, storing their keys and values at `slots`.
 
@@ -91,7 +95,14 @@ def decode_range(
       skip: sublayers that are not computed; a skipped attention writes no keys and values.
       keep: attention and MLP of each layer whose result counts. They are computed all the same, so
         that trying another set compiles nothing.
+      beside: of the last rows of `x`, which `rows` and `slots` know nothing of. They share each
+        layer's products with the others, see the cache, and leave nothing in it.
     """
+    cached = slots.shape[1]
+    angles = rows.angles
+    if beside is not None:
+        cos, sin = (jnp.concatenate(p, axis=1) for p in zip(angles, beside.angles, strict=True))
+        angles = cos, sin
 
     def body(
         layer: jax.Array,
@@ -102,14 +113,19 @@ def decode_range(
         x, cache = carry
 
         def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
-            written = cache.write(layer, k, v, slots)
+            text, others, own = q[:, :cached], q[:, cached:], (k[:, cached:], v[:, cached:])
+            written = cache.write(layer, k[:, :cached], v[:, :cached], slots) if cached else cache
             keys, values = written.layer(layer)
-            mask = _visible(config, rows, layer)
-            heads = attend(q, keys, values, mask, softcap=config.attention_logit_softcap)
-            return heads, written
+            heads = []
+            if cached:
+                mask = _visible(config, rows, layer)
+                heads += [attend(text, keys, values, mask, softcap=config.attention_logit_softcap)]
+            if beside is not None:
+                heads += [_attend_beside(config, layer, others, (keys, values), own, beside)]
+            return jnp.concatenate(heads, axis=1), written
 
         if not without[0]:
-            after, cache = apply_attention(config, block, x, rows.angles, attention)
+            after, cache = apply_attention(config, block, x, angles, attention)
             x = after if keep is None else jnp.where(keep[layer, 0], after, x)
         if not without[1]:
             after = apply_mlp(config, block, x)
@@ -118,29 +134,92 @@ def decode_range(
 
     skip = skip or Skip()
     carry = (x, cache)
-    if isinstance(blocks, tuple):
-        for layer in range(start, stop):
-            carry = body(jnp.int32(layer), blocks[layer], carry, skip.at(layer))
-        return carry
-
     # One scan for every run of layers that leave out the same.
     for without, layers in itertools.groupby(range(start, stop), key=skip.at):
-
-        def step(
-            carry: tuple[jax.Array, KVCache],
-            layer: jax.Array,
-            without: tuple[bool, bool] = without,
-        ) -> tuple[tuple[jax.Array, KVCache], None]:
-            # Picking by index leaves the stack where it is; scanning over blocks[start:stop] would
-            # copy the range first.
-            block = jax.tree.map(
-                lambda w: jax.lax.dynamic_index_in_dim(w, layer, axis=0, keepdims=False), blocks
-            )
-            return body(layer, block, carry, without), None
-
         if without != (True, True):
-            carry, _ = jax.lax.scan(step, carry, jnp.array(list(layers), jnp.int32))
+            carry = over_layers(blocks, list(layers), partial(body, without=without), carry)
     return carry
+
+
+def over_layers(
+    blocks: Blocks,
+    layers: Sequence[int],
+    body: Callable[[Int[Array, ""], Block, Carry], Carry],
+    carry: Carry,
+    *,
+    remat: bool = False,
+) -> Carry:
+    """`body(layer, block, carry)` for these layers, one after the other.
+
+    The layers' own weights are not to be differentiated: see `train_stack`.
+
+    Args:
+      remat: a backward pass finds each layer's carry stored, and nothing else.
+    """
+    if isinstance(blocks, tuple):
+        unrolled: Any = jax.checkpoint(body) if remat else body
+        for layer in layers:
+            carry = unrolled(jnp.int32(layer), blocks[layer], carry)
+        return carry
+
+    def step(carry: Carry, layer: jax.Array) -> tuple[Carry, None]:
+        # Picking by index leaves the stack where it is; scanning over blocks[start:stop] would
+        # copy the range first.
+        block = jax.tree.map(
+            lambda w: jax.lax.dynamic_index_in_dim(w, layer, axis=0, keepdims=False), blocks
+        )
+        return body(layer, block, carry), None
+
+    scanned: Any = jax.checkpoint(step) if remat else step
+    return jax.lax.scan(scanned, carry, jnp.array(layers, jnp.int32))[0]
+
+
+def frozen_range(
+    config: ModelConfig,
+    blocks: Blocks,
+    x: Float[Array, "B T D"],
+    start: int,
+    stop: int,
+    *,
+    rows: Rows,
+) -> Float[Array, "B T D"]:
+    """Layers start..stop-1 on whole sequences, nothing of which is to be differentiated."""
+
+    def body(layer: jax.Array, block: Block, x: jax.Array) -> jax.Array:
+        return _on_sequences(config, rows, layer, block, x)[0]
+
+    return jax.lax.stop_gradient(over_layers(blocks, range(start, stop), body, x))
+
+
+def train_beside(
+    config: ModelConfig,
+    blocks: Blocks,
+    x: Float[Array, "B T D"],
+    others: Float[Array, "B TA D"],
+    start: int,
+    stop: int,
+    *,
+    rows: Rows,
+    beside: Beside,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B TA D"]]:
+    """Layers start..stop-1 on whole sequences `x` and on `others` beside each of their rows.
+
+    Gradients reach what went into `others`, and neither the layers nor `x`.
+    """
+    blocks = jax.lax.stop_gradient(blocks)
+
+    def body(
+        layer: jax.Array, block: Block, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        x, others = carry
+        x, text = jax.lax.stop_gradient(_on_sequences(config, rows, layer, block, x))
+
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return _attend_beside(config, layer, q, text, (k, v), beside), None
+
+        return x, apply_block(config, block, others, beside.angles, attention)[0]
+
+    return over_layers(blocks, range(start, stop), body, (x, others), remat=True)
 
 
 def train_stack(
@@ -175,14 +254,7 @@ def train_stack(
         if taps:
             tapped = jnp.where(tap_layers == layer, x[None], tapped)
 
-        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            mask = _visible(config, rows, layer)
-            keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-            heads = attend_in_parts(q, keys, values, mask, softcap=config.attention_logit_softcap)
-            return heads, None
-
-        x, _ = apply_block(config, block, x, rows.angles, attention)
-        return (x, tapped), None
+        return (_on_sequences(config, rows, layer, block, x)[0], tapped), None
 
     step = body
     if remat == "layer":
@@ -201,10 +273,45 @@ def train_stack(
     return jax.lax.scan(step, carry, (layers, blocks))[0]
 
 
+def _on_sequences(
+    config: ModelConfig, rows: Rows, layer: jax.Array, block: Block, x: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """A layer on whole sequences; its keys and values as they would lie in a cache."""
+
+    def attention(
+        q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        mask = _visible(config, rows, layer)
+        keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+        heads = attend_in_parts(q, keys, values, mask, softcap=config.attention_logit_softcap)
+        return heads, (keys, values)
+
+    return apply_block(config, block, x, rows.angles, attention)
+
+
+def _attend_beside(
+    config: ModelConfig,
+    layer: jax.Array,
+    q: jax.Array,
+    text: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    beside: Beside,
+) -> jax.Array:
+    window, softcap = _window(config, layer), config.attention_logit_softcap
+    return attend_beside(q, text, own, beside, window=window, softcap=softcap)
+
+
 def _visible(config: ModelConfig, rows: Rows, layer: jax.Array) -> jax.Array:
-    if config.sliding_windows is None:
+    window = _window(config, layer)
+    if window is None:
         return rows.mask
+    return rows.mask & masks.within_window(rows.positions, rows.keys, window)
+
+
+def _window(config: ModelConfig, layer: jax.Array) -> jax.Array | None:
+    """Positions that a row of a layer sees, itself among them; None: all, in every layer."""
+    if config.sliding_windows is None:
+        return None
     everything = 2**30
     sizes = [everything if w is None else w for w in config.sliding_windows]
-    window = jnp.asarray(sizes, jnp.int32)[layer]
-    return rows.mask & masks.within_window(rows.positions, rows.keys, window)
+    return jnp.asarray(sizes, jnp.int32)[layer]
