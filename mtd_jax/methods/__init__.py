@@ -19,10 +19,12 @@ from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import MAX_NODES, TokenTree
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.methods import cp_drafting as _cp
+from mtd_jax.methods import independent_heads as _independent
 from mtd_jax.methods import medusa as _medusa
 from mtd_jax.methods.autoregressive import Autoregressive
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.dmtd import DMTD
+from mtd_jax.methods.independent_heads import IndependentHeadsSpec
 from mtd_jax.methods.ngram import NGram
 from mtd_jax.methods.prompt_lookup import PromptLookup
 from mtd_jax.methods.self_speculative import SelfSpeculative
@@ -168,11 +170,28 @@ def cp(heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact") -
     return _cp.make(spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance)
 
 
+def independent_heads(
+    heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact"
+) -> _independent.IndependentHeads:
+    """Layers beside the last one that guess the tokens behind the next (`independent_heads`).
+
+    Args:
+      heads: from `load_heads`.
+      tree: as for `medusa`.
+      acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
+    """
+    spec = spec_of(heads, IndependentHeadsSpec)
+    return _independent.make(
+        spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance
+    )
+
+
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
     {
         Autoregressive.name: autoregressive,
         CPSpec.name: cp,
         DMTD.name: dmtd,
+        IndependentHeadsSpec.name: independent_heads,
         NGram.name: ngram,
         PromptLookup.name: prompt_lookup,
         SelfSpeculative.name: self_speculative,
@@ -182,6 +201,7 @@ METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
 SPECS: Mapping[str, type[HeadsSpec]] = MappingProxyType(
     {
         CPSpec.name: CPSpec,
+        IndependentHeadsSpec.name: IndependentHeadsSpec,
         _medusa.MedusaSpec.name: _medusa.MedusaSpec,
     }
 )

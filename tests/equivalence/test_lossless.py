@@ -33,6 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt_lookup": {"drafts": 5},
     "self_speculative": {"skip_attention": "1", "drafts": 4},
     "self_speculative:auto": {"skip_mlp": "0", "skip_attention": "2"},
+    "independent_heads": {},
+    "independent_heads:tree": {"tree": "2x2x1"},
     "medusa": {},
     "medusa:chain": {"tree": "chain"},
     "medusa:tree": {"tree": "2x2x1"},
@@ -226,6 +228,7 @@ CHECKS = (
 
 FAST = (
     ("cp:tree", 3),
+    ("independent_heads:tree", 3),
     ("medusa:tree", 3),
     ("ngram:tree", 3),
     ("prompt_lookup", 1),
