@@ -147,9 +147,9 @@ def medusa(heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact") -
 
     Args:
       heads: from `load_heads`.
-      tree: `chain`; children of each node by depth, `3x2x1`; `measured`: the tree that pays, by how
-        often the heads were right on held-out texts; `auto`: the same, and a chain of the length
-        that pays where nothing was measured.
+      tree: `chain`; `none`; children of each node by depth, `3x2x1`; `measured`: the tree that
+        pays, by how often the heads were right on held-out texts; `auto`: the same, and a chain of
+        the length that pays where nothing was measured.
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
     """
     spec = spec_of(heads, _medusa.MedusaSpec)

@@ -140,13 +140,14 @@ def make(
     trees = choose_trees(tree, spec.depth, accuracies)
     if drawn and not all(t.is_chain for t in trees.trees):
         raise InputError("acceptance=rejection tests chains: leave out tree, or say tree=chain")
+    steps = 1 + max(t.max_depth for t in trees.trees)
     return CP(
         costs=jnp.asarray(trees.costs),
         expected=jnp.asarray(trees.expected),
         trees=trees.trees,
         acceptance="typical" if acceptance == "typical" else "exact",
         auto=trees.auto,
-        weights=weights,
+        weights=weights.first(steps),
         drawn=drawn,
         marginal=spec.trunk == "trained",
     )

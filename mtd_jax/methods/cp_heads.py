@@ -163,8 +163,8 @@ class CPSpec(HeadsSpec):
         A position near the end of its document learns the steps that it has, so that ends are
         learned too: the others are summed out. "joint" measures whole positions alone.
 
-        Tables [C, r, V] of one step exist at a time, for a chunk of C positions that is r times
-        smaller than `chunk`: memory does not grow with the rank, nor with the number of tokens.
+        Tables [C, r, n, V] exist for C positions at a time, r n times fewer than `chunk`: memory
+        grows neither with the rank nor with the number of tokens, and nothing is computed twice.
 
         Args:
           e: rows behind the final norm.
@@ -182,7 +182,6 @@ class CPSpec(HeadsSpec):
             own, output = weights
             reader = only_output(config, jax.lax.stop_gradient(output) if frozen else output)
 
-            @jax.checkpoint
             def step(log_pi: Array, part: Any) -> tuple[Array, tuple[Array, Array]]:
                 heads, target, real, teacher = part
                 log_p = heads.log_p(reader, e)[..., 0, :]
@@ -219,7 +218,7 @@ class CPSpec(HeadsSpec):
             (weights, output_weights(params)),
             e,
             (targets, real, teacher),
-            max(1, chunk // self.rank),
+            max(1, chunk // (self.rank * self.tokens)),
             axes + output_axes(config),
         )
         return self._measured(found, weights.log_w(e), real[..., 0], counts)

@@ -200,9 +200,10 @@ def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
     """What the option `tree` says.
 
     Args:
-      text: `chain`: every head's best guess; `3x2x1`: children of each node by depth; `measured`:
-        the trees that emit most tokens by `accuracies`, of which steps take the one that pays;
-        `auto`: the same, or a chain of the length that pays where nothing was measured.
+      text: `chain`: every head's best guess; `none`: no drafts; `3x2x1`: children of each node by
+        depth; `measured`: the trees that emit most tokens by `accuracies`, of which steps take the
+        one that pays; `auto`: the same, or a chain of the length that pays where nothing was
+        measured.
       depth: places that the heads can guess.
       accuracies: as in `TokenTree.expected_tokens`; may be deeper than the heads.
 
@@ -228,7 +229,8 @@ def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
             expected = [float(hopes[: tree.size - 1].sum()) for tree in trees]
         costs = [backend.relative_step_cost(tree.size) for tree in trees]
         return Trees(trees, np.array(expected, np.float32), np.array(costs, np.float32), auto=True)
-    tree = TokenTree.chain(depth) if text == "chain" else _branching(text)
+    chains = {"chain": depth, "none": 0}
+    tree = TokenTree.chain(chains[text]) if text in chains else _branching(text)
     if tree.max_depth > depth:
         raise InputError(f"tree={text} is {tree.max_depth} deep; the heads guess {depth} places")
     ones = np.ones(1, np.float32)
@@ -239,6 +241,6 @@ def _branching(text: str) -> TokenTree:
     widths = text.split("x")
     if not all(width.isdecimal() and len(width) < 5 for width in widths):
         raise InputError(
-            f"tree must be auto, measured, chain or widths like 3x2x1, got '{text[:40]}'"
+            f"tree must be auto, measured, chain, none or widths like 3x2x1, got '{text[:40]}'"
         )
     return TokenTree.branching(*map(int, widths))

@@ -256,8 +256,10 @@ def _greedy(method: Any) -> list[list[int]]:
     return [list(c.token_ids) for c in done]
 
 
-def test_rejection_takes_chains() -> None:
+def test_rejection_takes_chains_and_none_is_no_draft() -> None:
     method: Any = methods.make_method("cp", {"acceptance": "rejection"}, _fitted())
     assert all(tree.is_chain for tree in method.trees)
+    plain: Any = methods.make_method("cp", {"tree": "none"}, _fitted())
+    assert plain.max_emit == 1
     with pytest.raises(InputError, match="tests chains"):
         methods.make_method("cp", {"acceptance": "rejection", "tree": "2x1"}, _fitted())
