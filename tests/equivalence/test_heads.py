@@ -282,9 +282,19 @@ def test_a_resumed_run_is_bit_identical(place: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own_output", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("medusa", {"count": 2, "loss": "cross_entropy"}),
+        ("medusa", {"count": 2, "loss": "cross_entropy", "own_output": True}),
+        ("cp", {"tokens": 2, "rank": 2, "balance": 0.1}),
+        ("cp", {"tokens": 2, "rank": 2, "loss": "joint", "trunk": "trained"}),
+        ("independent_heads", {"count": 2}),
+    ],
+    ids=str,
+)
 def test_a_mesh_has_the_same_losses(
-    tmp_path_factory: pytest.TempPathFactory, own_output: bool
+    tmp_path_factory: pytest.TempPathFactory, method: str, options: dict[str, Any]
 ) -> None:
     directory = tmp_path_factory.mktemp("mesh")
     write_model(directory, num_heads=8, num_kv_heads=4, head_dim=4, intermediate_size=64)
@@ -295,8 +305,8 @@ def test_a_mesh_has_the_same_losses(
         _, log = trained(
             directory,
             out=str(directory / name),
-            method="medusa",
-            options={"count": 2, "own_output": own_output, "loss": "cross_entropy"},
+            method=method,
+            options=options,
             optimizer__steps=2,
             evaluate__every=0,
             **changes,
