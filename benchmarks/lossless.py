@@ -55,7 +55,7 @@ def main() -> None:
     for name, method in methods.items():
         done = answers(method)
         triples = zip(ids, done, plain, strict=True)
-        report = LosslessReport([compare(model, *triple) for triple in triples]).to_dict()
+        report = LosslessReport([compare(model, *triple, method) for triple in triples]).to_dict()
         parted = [c for c in report.pop("comparisons") if not c["identical"]]
         rows.append({"method": name, **report, "parted": parted})
         print(name, report, flush=True)

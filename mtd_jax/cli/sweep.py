@@ -25,7 +25,7 @@ from mtd_jax.decoding.tree import build_tree
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment
 from mtd_jax.evaluation.plot import plot_sweep
-from mtd_jax.methods import layer_numbers
+from mtd_jax.methods.options import layer_numbers
 from mtd_jax.methods.transfer import HiddenTransferSpec
 from mtd_jax.training.config import TrainConfig, read_config, to_dict
 from mtd_jax.training.loop import Run, check_same_run

@@ -32,6 +32,8 @@ from mtd_jax.training.loop import Outcome, Run, fit, flops_per_token, held_out_p
 from mtd_jax.training.plan import abstract_step, step_memory
 from mtd_jax.training.rows import Rows, describe_row
 from mtd_jax.training.step import Trainer
+from mtd_jax.training.whole import WholeTraining
+from mtd_jax.transformer.model import Parameters
 
 _DESCRIPTION = """\
 Train from one TOML file, on this machine or, started on every host with the same command, on all of
@@ -41,7 +43,8 @@ a cluster. A run that was stopped, or killed, goes on where it was when it is st
   mtd train configs/sft/smollm2-135m-smoke.toml --set optimizer.steps=50 --set out=runs/try
 
 In the run's directory: checkpoints/, log.jsonl, events/ for TensorBoard, loss.png, and at the end
-model/, which decodes at once, or heads/, where weights of a decoding method were trained:
+model/, which decodes at once, or heads/, where weights of a decoding method were trained (both,
+where they were trained together):
 
   mtd generate --model runs/try/model --prompt "..."
   mtd generate --model models/smollm2 --method medusa --heads runs/medusa/heads --prompt "..."
@@ -49,6 +52,7 @@ model/, which decodes at once, or heads/, where weights of a decoding method wer
 Several processes find each other by themselves on TPU pods and under Slurm; elsewhere name the
 first one: --coordinator HOST:PORT --process-count N --process-index I (train/launch/ has examples).
 """
+_HEADS, _MODEL = "heads", "model"
 _HEADS_DTYPE = jnp.bfloat16
 """Guesses need no more digits, and heads travel with packages: what is lossless does not hang on
 them."""
@@ -205,42 +209,57 @@ def _show(report: dict[str, Any]) -> None:
 
 def result_of(run: Run) -> Path:
     """Where what was trained goes."""
-    return run.directory / ("heads" if run.config.method in methods.SPECS else "model")
+    return run.directory / (_HEADS if run.config.method in methods.SPECS else _MODEL)
 
 
 def _export(run: Run, outcome: Outcome) -> None:
     """What was trained: a model in the float type of its base, heads in `_HEADS_DTYPE`."""
-    base, tokenizer = run.load(), read_description(run.config.model)[1]
+    base, objective = run.load(), run.trainer.objective
+    trainable, frozen = outcome.state.trainable, outcome.frozen
     steps = int(jax.device_get(outcome.state.step))
-    dtype = base.params.embedding.dtype
-    objective = run.trainer.objective
+    if isinstance(objective, WholeTraining):
+        params, trainable = trainable
+        frozen = jax.tree.map(lambda w: w.astype(run.trainer.compute), params)
+        base = _save_model(run, base, params, steps)
     if isinstance(objective, HeadsTraining):
-        record = {
-            "steps": steps,
-            "model": base.source,
-            "config": to_dict(run.config),
-            "rows": run.train.fingerprint,
-            "versions": environment.versions(),
-            **environment.provenance(),
-        }
-        if run.held_out is not None:
-            weights = jax.tree.map(lambda w: w.astype(_HEADS_DTYPE), outcome.state.trainable)
-            with jax.set_mesh(run.mesh):
-                record |= measured(objective, weights, outcome.frozen, held_out_parts(run))
-        heads = objective.heads(outcome.state.trainable, base.fingerprint, record)
-        save_heads(heads, result_of(run), dtype=_HEADS_DTYPE, force=True)
-        return
-    params, _ = objective.decoder(outcome.state.trainable, outcome.frozen)
+        _save_heads(run, base, objective, trainable, frozen, steps)
+    else:
+        _save_model(run, base, objective.decoder(trainable, frozen)[0], steps)
+
+
+def _save_heads(
+    run: Run, base: LanguageModel, objective: HeadsTraining, trained: Any, frozen: Any, steps: int
+) -> None:
+    record = {
+        "steps": steps,
+        "model": base.source,
+        "config": to_dict(run.config),
+        "rows": run.train.fingerprint,
+        "versions": environment.versions(),
+        **environment.provenance(),
+    }
+    if run.held_out is not None:
+        weights = jax.tree.map(lambda w: w.astype(_HEADS_DTYPE), trained)
+        with jax.set_mesh(run.mesh):
+            record |= measured(objective, weights, frozen, held_out_parts(run))
+    heads = objective.heads(trained, base.fingerprint, record)
+    save_heads(heads, run.directory / _HEADS, dtype=_HEADS_DTYPE, force=True)
+
+
+def _save_model(run: Run, base: LanguageModel, params: Parameters, steps: int) -> LanguageModel:
+    """Writes the model, and returns it."""
+    dtype = base.params.embedding.dtype
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     note = f"{run.config.method}, {steps} steps from {base.fingerprint}"
     trained = LanguageModel(
         params=params,
-        tokenizer=tokenizer,
+        tokenizer=read_description(run.config.model)[1],
         mesh=run.mesh,
         fingerprint=fingerprint(params),
         source=f"{base.source}; {note}",
     )
-    save_native(trained, result_of(run), force=True)
+    save_native(trained, run.directory / _MODEL, force=True)
+    return trained
 
 
 def _draw(directory: Path) -> None:

@@ -12,7 +12,7 @@ from mtd_jax.decoding.method import DecodeState, Requests
 from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.cache import KVCache
-from mtd_jax.transformer.model import Parameters
+from mtd_jax.transformer.model import Parameters, unembed
 from mtd_jax.typing import Array, Float, Int
 
 
@@ -58,6 +58,10 @@ class BaseMethod(struct.PyTreeNode, abc.ABC):
         """
         return read_prompt(params, tokens, lengths, capacity)
 
+    def output(self, params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Logits of what is decoded; the model's own."""
+        return unembed(params, x)
+
     def kept(
         self,
         params: Parameters,
@@ -79,8 +83,8 @@ class BaseMethod(struct.PyTreeNode, abc.ABC):
         """Reads the prompts and draws the first token of each."""
         last, cache = self.read(params, tokens, lengths, requests, capacity)
         extra = self.kept(params, last, cache, requests)
-        last = last[:, : params.config.hidden_size]
-        return first_state(params, last, cache, tokens, requests, self.max_emit, extra)
+        last, output = last[:, : params.config.hidden_size], self.output
+        return first_state(params, last, cache, tokens, requests, self.max_emit, extra, output)
 
     @abc.abstractmethod
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:

@@ -22,7 +22,7 @@ from mtd_jax.decoding.sampling import SamplingRows
 from mtd_jax.sharding import constrain
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters
-from mtd_jax.typing import Array, Int, Leaf
+from mtd_jax.typing import Array, Float, Int, Leaf
 
 
 class Requests(struct.PyTreeNode):
@@ -135,6 +135,10 @@ class DecodeState(struct.PyTreeNode):
 Extend: TypeAlias = Callable[..., tuple[jax.Array, KVCache]]
 """How rows pass the layers: `transformer.model.extend`, or what a method has in its place."""
 
+Output: TypeAlias = Callable[[Parameters, Float[Array, "*rows D"]], Float[Array, "*rows V"]]
+"""Float32 logits of what is decoded, from the last layer's output: `transformer.model.unembed`, or
+what a method has in its place."""
+
 
 def _by_row(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
@@ -181,6 +185,9 @@ class Method(Protocol):
         Raises:
           InputError: it does not fit.
         """
+
+    def output(self, params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Logits of what is decoded, from the last layer's output; the model's own, mostly."""
 
     def prefill(
         self,

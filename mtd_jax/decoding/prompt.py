@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtd_jax import backend
-from mtd_jax.decoding.method import DecodeState, Extend, Requests, Tally
+from mtd_jax.decoding.method import DecodeState, Extend, Output, Requests, Tally
 from mtd_jax.decoding.penalties import History, penalized
 from mtd_jax.decoding.sampling import sample
 from mtd_jax.transformer.cache import KVCache
@@ -126,12 +126,13 @@ def first_state(
     requests: Requests,
     max_emit: int,
     extra: Any = None,
+    output: Output = unembed,
 ) -> DecodeState:
     """The state after prompts that `read_prompt` has read: draws the first new token of each."""
     batch, padded = tokens.shape
     text = jnp.pad(tokens, ((0, 0), (0, cache.capacity + 1 - padded)))
     history = History(text, cache.length, cache.length)
-    logits = penalized(unembed(params, last)[:, None], requests.sampling, history)[:, 0]
+    logits = penalized(output(params, last)[:, None], requests.sampling, history)[:, 0]
     token = sample(logits, requests.sampling, cache.length)
     active = requests.budget > 0
     return DecodeState(

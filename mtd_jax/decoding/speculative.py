@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.decoding import verify
-from mtd_jax.decoding.method import DecodeState, Extend
+from mtd_jax.decoding.method import DecodeState, Extend, Output
 from mtd_jax.decoding.penalties import penalized
 from mtd_jax.decoding.sampling import log_probabilities, position_keys, sample
 from mtd_jax.decoding.tree import TokenTree
@@ -63,17 +63,19 @@ def verify_pass(
     *,
     acceptance: Acceptance = "exact",
     extend: Extend = extend,
+    output: Output = unembed,
 ) -> tuple[DecodeState, Pass]:
     """Verifies drafts that were not drawn at random.
 
     Args:
       drafts: the tokens of nodes 1, 2, ... of the tree; -1 is none.
       extend: how rows pass the layers: `model.extend`, or what a method has in its place.
+      output: the same for `model.unembed`.
       acceptance: `exact`: at every node a token is drawn with the key of its position, so that what
         is emitted is what plain decoding emits, at any temperature. `typical` is lossy.
     """
     on_tree = jnp.pad(drafts, ((0, 0), (1, 0)))
-    x, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend)
+    x, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend, output)
     batch, nodes, vocab = logits.shape
     flat = logits.reshape(batch * nodes, vocab)
     rows = state.requests.sampling.repeat(nodes)
@@ -97,14 +99,29 @@ def verify_draws(
     *,
     extend: Extend = extend,
 ) -> DecodeState:
+    """`draws_pass` for methods that have no use for what the pass computed."""
+    return draws_pass(params, state, drafts, count, log_q, extend=extend)[0]
+
+
+def draws_pass(
+    params: Parameters,
+    state: DecodeState,
+    drafts: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    log_q: Float[Array, "B T V"],
+    *,
+    extend: Extend = extend,
+    output: Output = unembed,
+) -> tuple[DecodeState, Pass]:
     """Verifies a chain that was drawn from `log_q` (`verify.rejection`); greedy rows too.
 
-    `extend` is how rows pass the layers: `model.extend`, or what a method has in its place.
+    `extend` is how rows pass the layers: `model.extend`, or what a method has in its place; so is
+    `output` for `model.unembed`.
     """
     tree = TokenTree.chain(drafts.shape[1])
     real = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
     on_tree = jnp.pad(jnp.where(real, drafts, -1), ((0, 0), (1, 0)))
-    _, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend)
+    x, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend, output)
     batch, nodes, vocab = logits.shape
     flat = logits.reshape(batch * nodes, vocab)
     rows = state.requests.sampling.repeat(nodes)
@@ -120,7 +137,7 @@ def verify_draws(
 
     any_sampled = jnp.any(state.requests.sampling.temperature > 0)
     verdict = jax.lax.cond(any_sampled, sampled, greedy)
-    return _settled(state, cache, verdict, count, None)
+    return _settled(state, cache, verdict, count, None), Pass(x, logits, verdict)
 
 
 def in_place_switch(
@@ -151,6 +168,7 @@ def _target_logits(
     tree: TokenTree,
     on_tree: Int[Array, "B M"],
     extend: Extend = extend,
+    output: Output = unembed,
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """Rows [B, M, W] and penalised logits [B, M, V] of all nodes, places [B, M] of what follows."""
     on_tree = on_tree.at[:, 0].set(state.pending)
@@ -161,7 +179,7 @@ def _target_logits(
     ways = jnp.asarray(tree.paths)
     fresh = (ways > 0) & (jnp.arange(ways.shape[1])[None, :] <= jnp.asarray(tree.depth)[:, None])
     on_way = jnp.where(fresh[None], on_tree[:, ways], -1)
-    out = unembed(params, x[..., : params.config.hidden_size])
+    out = output(params, x[..., : params.config.hidden_size])
     logits = penalized(out, state.requests.sampling, state.history, on_way)
     positions = state.cache.length[:, None] + 1 + jnp.asarray(tree.depth)[None, :]
     return x, logits, positions, cache

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,14 +16,15 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.requests import AnyPrompt, as_prompt, encode, without_cycles
-from mtd_jax.decoding.score import logits
 from mtd_jax.evaluation.forward import cycles_of, decoded_hidden
 from mtd_jax.methods import reference
-from mtd_jax.transformer.model import unembed
 from mtd_jax.transformer.packed import unpacked
 
 FLOAT32_GAP = 1e-4
 """Logits nearer than this are a tie that the rounding of a product with more rows may break."""
+
+
+_hidden = jax.jit(decoded_hidden, static_argnums=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +85,8 @@ def verify(
 ) -> LosslessReport:
     """Decodes every prompt greedily with ar alone and with the method, and compares the tokens.
 
-    Lossless DMTD is compared with cycles of one (`methods.reference`). `progress` is called twice a
-    batch.
+    Some methods are compared with another model's plain decoding (`methods.reference`). `progress`
+    is called twice a batch.
     """
     known = [as_prompt(p, i) for i, p in enumerate(prompts)]
     found = []
@@ -112,11 +114,11 @@ def compare(
     prompt: tuple[int, ...],
     ours: Completion,
     plain: Completion,
-    method: Method | None = None,
+    method: Method,
 ) -> Comparison:
     """A method's answer to a prompt of these token ids beside plain decoding's.
 
-    `method` says whose logits a tie is judged by: lossless DMTD's are those of cycles of one.
+    `method` says whose logits a tie is judged by (`methods.reference`).
     """
     tokens = len(plain.token_ids)
     if ours.token_ids == plain.token_ids:
@@ -127,20 +129,16 @@ def compare(
         shorter = min(len(ours.token_ids), tokens)
         return Comparison(plain.id, tokens, False, shorter, None, None)
     text = [*prompt, *plain.token_ids[:position]]
-    # Padded, so that few lengths are compiled; dynamic NTK would see the padding.
-    padded = len(text) if model.config.rope.kind == "dynamic" else bucket_prompt(len(text))
-    padded = min(padded, model.config.context_length)
+    # Padded, so that few lengths are compiled.
+    padded = min(bucket_prompt(len(text)), model.config.context_length)
     ids = np.zeros((model.batch_multiple, padded), np.int32)
     ids[:, : len(text)] = text
-    cycles = None if method is None else cycles_of(reference(method), model.config)
-    if cycles is None:
-        row = np.asarray(logits(model, ids)[0, len(text) - 1])
-    else:
-        prompts, lengths = (jnp.full(len(ids), n, jnp.int32) for n in (len(prompt), len(text)))
-        with model.on_mesh():
-            batch = unpacked(jnp.asarray(ids), prompts, lengths)
-            hidden = decoded_hidden(model.params, batch, cycles)
-            row = np.asarray(unembed(model.params, hidden[:, len(text) - 1]))[0]
+    prompts, lengths = (jnp.full(len(ids), n, jnp.int32) for n in (len(prompt), len(text)))
+    judge = reference(method)
+    with model.on_mesh():
+        batch = unpacked(jnp.asarray(ids), prompts, lengths)
+        hidden = _hidden(model.params, batch, cycles_of(judge, model.config))
+        row = np.asarray(judge.output(model.params, hidden[:, len(text) - 1]))[0]
     lower = min(row[ours.token_ids[position]], row[plain.token_ids[position]])
     gap = float(row.max() - lower)
     return Comparison(plain.id, tokens, False, position, gap, _allowed(model, float(row.max())))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -18,11 +17,16 @@ from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import MAX_NODES, TokenTree
 from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.methods import cp_drafting as _cp
 from mtd_jax.methods import hidden_transfer as _hidden_transfer
+from mtd_jax.methods import independent_heads as _independent
 from mtd_jax.methods import medusa as _medusa
 from mtd_jax.methods.autoregressive import Autoregressive
+from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.dmtd import DMTD
+from mtd_jax.methods.independent_heads import IndependentHeadsSpec
 from mtd_jax.methods.ngram import NGram
+from mtd_jax.methods.options import layer_numbers, read_options, typed_value
 from mtd_jax.methods.prompt_lookup import PromptLookup
 from mtd_jax.methods.self_speculative import SelfSpeculative
 from mtd_jax.methods.transfer import HiddenTransferSpec
@@ -34,7 +38,6 @@ Drafts = int | Literal["auto"]
 
 _AUTO_SIZES = (1, 4, 8, 16)
 _LONGEST_MATCH = 64
-_UNIONS = (typing.Union, types.UnionType)
 
 
 def autoregressive() -> Autoregressive:
@@ -147,9 +150,9 @@ def medusa(heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact") -
 
     Args:
       heads: from `load_heads`.
-      tree: `chain`; children of each node by depth, `3x2x1`; `measured`: the tree that pays, by how
-        often the heads were right on held-out texts; `auto`: the same, and a chain of the length
-        that pays where nothing was measured.
+      tree: `chain`; `none`; children of each node by depth, `3x2x1`; `measured`: the tree that
+        pays, by how often the heads were right on held-out texts; `auto`: the same, and a chain of
+        the length that pays where nothing was measured.
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
     """
     spec = spec_of(heads, _medusa.MedusaSpec)
@@ -177,10 +180,42 @@ def hidden_transfer(
     )
 
 
+def cp(heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact") -> _cp.CP:
+    """Heads that foretell the next tokens jointly, as a mixture (`cp`).
+
+    Args:
+      heads: from `load_heads`.
+      tree: as for `medusa`; every node's children follow from the tokens on the way to it.
+      acceptance: `exact`: drafts are kept where the model draws the same; `rejection`: a chain is
+        drawn from the mixture, each draft kept with probability min(1, p / q), lossless too;
+        `typical`: what is likely enough (lossy).
+    """
+    spec = spec_of(heads, CPSpec)
+    return _cp.make(spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance)
+
+
+def independent_heads(
+    heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact"
+) -> _independent.IndependentHeads:
+    """Layers beside the last one that guess the tokens behind the next (`independent_heads`).
+
+    Args:
+      heads: from `load_heads`.
+      tree: as for `medusa`.
+      acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
+    """
+    spec = spec_of(heads, IndependentHeadsSpec)
+    return _independent.make(
+        spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance
+    )
+
+
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
     {
         Autoregressive.name: autoregressive,
+        CPSpec.name: cp,
         DMTD.name: dmtd,
+        IndependentHeadsSpec.name: independent_heads,
         NGram.name: ngram,
         PromptLookup.name: prompt_lookup,
         SelfSpeculative.name: self_speculative,
@@ -190,6 +225,8 @@ METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
 )
 SPECS: Mapping[str, type[HeadsSpec]] = MappingProxyType(
     {
+        CPSpec.name: CPSpec,
+        IndependentHeadsSpec.name: IndependentHeadsSpec,
         _medusa.MedusaSpec.name: _medusa.MedusaSpec,
         HiddenTransferSpec.name: HiddenTransferSpec,
     }
@@ -199,12 +236,15 @@ takes `chain`."""
 
 
 def reference(method: Method) -> Method:
-    """Whose greedy tokens a lossless method emits: plain decoding, or for DMTD cycles of one.
+    """Whose greedy tokens a lossless method emits: plain decoding, mostly.
 
-    Late layers that get a sum are another model than plain ones.
+    For DMTD cycles of one: late layers that get a sum are another model than plain ones. For CP
+    heads that were trained with their trunk, the mixture's first token.
     """
     if isinstance(method, DMTD):
         return method.replace(cycle=1, lossless=False)
+    if isinstance(method, _cp.CP) and method.marginal:
+        return method.plain()
     return autoregressive()
 
 
@@ -259,18 +299,6 @@ def typed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return read_options(name, known, options)
 
 
-def read_options(name: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a method, each of the type that `known` says; text is read.
-
-    Raises:
-      InputError: an unknown option (the nearest known one is named), or a wrong value.
-    """
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of method '{name}'", option, known)
-    return {key: _typed(key, known[key], value) for key, value in options.items()}
-
-
 def make_spec(name: str, options: Mapping[str, Any]) -> HeadsSpec:
     """What the weights of a method of `SPECS` are; options of its decoding are left out.
 
@@ -306,7 +334,7 @@ def _copying(
     if branches:
         if drafts != "auto":
             raise InputError("give drafts or branches, not both: branches say how many there are")
-        tree = TokenTree.branching(*(_typed("branches", int, w) for w in branches.split("x")))
+        tree = TokenTree.branching(*(typed_value("branches", int, w) for w in branches.split("x")))
         sizes: tuple[int, ...] = (1, tree.size)
     elif drafts == "auto":
         sizes = _AUTO_SIZES
@@ -327,48 +355,3 @@ def _copying(
         longest=longest,
         acceptance=acceptance,
     )
-
-
-def layer_numbers(name: str, text: str) -> frozenset[int]:
-    """Layer numbers from `3,8,10-14`, or `3+8+10-14` where commas part methods (`mtd bench`)."""
-    found: set[int] = set()
-    for part in filter(None, text.replace("+", ",").split(",")):
-        first, dash, last = part.strip().partition("-")
-        ends = first, last if dash else first
-        if not all(end.isdecimal() and len(end) < 6 for end in ends):
-            raise InputError(f"{name} takes layer numbers like 3,8,10-14, got '{part[:40]}'")
-        found.update(range(int(ends[0]), int(ends[1]) + 1))
-    return frozenset(found)
-
-
-def _typed(name: str, kind: Any, value: Any) -> Any:
-    """The value as `kind` wants it: text is read, everything else checked."""
-    choices: list[Any] = []
-    switches = {"true": True, "false": False}
-    for part in typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,):
-        if typing.get_origin(part) is Literal:
-            choices += typing.get_args(part)
-            if value in typing.get_args(part):
-                return value
-        elif part is types.NoneType:
-            if value is None:
-                return value
-            continue
-        elif part is bool:
-            choices += switches
-            if isinstance(value, bool):
-                return value
-            if isinstance(value, str) and value in switches:
-                return switches[value]
-            continue
-        elif isinstance(value, (int, float) if part is float else part):
-            if not isinstance(value, bool):
-                return value
-        elif isinstance(value, str):
-            try:
-                return part(value)
-            except ValueError:
-                pass
-        choices += [part.__name__] if isinstance(part, type) else []
-    wanted = " or ".join(dict.fromkeys(str(choice) for choice in choices))
-    raise InputError(f"option '{name}' must be {wanted}, got {value!r}")

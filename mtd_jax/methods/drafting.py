@@ -39,22 +39,19 @@ class Trees(NamedTuple):
     auto: bool
 
 
-class _Known(struct.PyTreeNode):
+class Known(struct.PyTreeNode):
     """What a method keeps between steps."""
 
-    guesses: Leaf
-    """[B, depth, ranks] int32: candidates for the places behind the pending token; -1 is none."""
     row: Leaf
     """[B, W]: what `extend` put out at the token before the pending one."""
     yields: Yields
+    guesses: Any = None
+    """[B, depth, ranks] int32: candidates for the places behind the pending token; -1 is none.
+    Of `RowDrafting` alone."""
 
 
-class RowDrafting(BaseMethod):
-    """A method whose drafts come from one row; `guesses` makes them.
-
-    Every step verifies the tree that pays, down to none, and drafts only if the next one will be
-    verified.
-    """
+class TreeDrafting(BaseMethod):
+    """A method whose drafts hang on static trees: every step verifies the one that pays."""
 
     costs: Any
     """[trees] float32: what a step with each tree costs, in any unit."""
@@ -97,6 +94,51 @@ class RowDrafting(BaseMethod):
         return self.sizes[-1]
 
     @abc.abstractmethod
+    def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
+        """The state behind a pass over this tree; `Known.row` is what the newest token is from."""
+
+    def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Drafts for the next step; here none, for methods that draft when they verify."""
+        return state.replace(partial=jnp.where(state.drafted > 0, 1, 0).astype(jnp.int32))
+
+    def kept(
+        self,
+        params: Parameters,
+        last: Float[Array, "B W"],
+        cache: KVCache,
+        requests: Requests,
+    ) -> Known:
+        """The prompt's last row, before anything is known."""
+        return Known(row=last, yields=Yields.empty(last.shape[0]))
+
+    def step(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Verifies the tree that pays and drafts from the last token that was kept."""
+        before: Known = state.extra
+        index = self.choice(before.yields, state)
+
+        def with_tree(tree: TokenTree) -> Any:
+            return lambda state: self.verified(params, state, tree)
+
+        state = in_place_switch(index, [with_tree(tree) for tree in self.trees], state)
+        accepted = jnp.maximum(state.emitted_count - 1, 0)
+        hoped = jnp.where(state.drafted > 0, self.expected[index], 0.0)
+        yields = before.yields.after(accepted, hoped)
+        state = state.replace(extra=state.extra.replace(yields=yields))
+        return self.drafted(params, state)
+
+    def choice(self, yields: Yields, state: DecodeState) -> Int[Array, ""]:
+        """Which of `trees` pays for the rows that are active."""
+        weight = urgency(state.active, state.requests.budget)
+        return best_tree_index(self.expected, self.costs, yields.ratio(), weight)
+
+
+class RowDrafting(TreeDrafting):
+    """A method whose drafts are made of the newest row alone, by `guesses`, at the end of a step.
+
+    Only if the next step will verify any.
+    """
+
+    @abc.abstractmethod
     def guesses(
         self, params: Parameters, row: Float[Array, "B W"], ranks: int, cache: KVCache
     ) -> Int[Array, "B depth ranks"]:
@@ -116,57 +158,35 @@ class RowDrafting(BaseMethod):
         last: Float[Array, "B W"],
         cache: KVCache,
         requests: Requests,
-    ) -> _Known:
+    ) -> Known:
         """What follows the first token, guessed from the prompt's last row."""
-        return _Known(
-            guesses=self._guessed(params, last, cache),
-            row=last,
-            yields=Yields.empty(last.shape[0]),
-        )
+        known = super().kept(params, last, cache, requests)
+        return known.replace(guesses=self._guessed(params, last, cache))
 
-    def step(self, params: Parameters, state: DecodeState) -> DecodeState:
-        """Verifies the tree that pays and drafts from the last token that was kept."""
-        before: _Known = state.extra
-        index = self._choice(before.yields, state)
+    def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
+        """The guesses of the step before, on the tree."""
+        known: Known = state.extra
+        drafts = known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
+        rule, extend = self.acceptance, self.walk(tree)
+        state, seen = verify_pass(params, state, tree, drafts, acceptance=rule, extend=extend)
+        return state.replace(extra=known.replace(row=seen.last_row))
 
-        def with_tree(tree: TokenTree) -> Any:
-            def verified(state: DecodeState) -> DecodeState:
-                known: _Known = state.extra
-                drafts = known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
-                state, seen = verify_pass(
-                    params,
-                    state,
-                    tree,
-                    drafts,
-                    acceptance=self.acceptance,
-                    extend=self.walk(tree),
-                )
-                return state.replace(extra=known.replace(row=seen.last_row))
-
-            return verified
-
-        state = in_place_switch(index, [with_tree(tree) for tree in self.trees], state)
-        accepted = jnp.maximum(state.emitted_count - 1, 0)
-        hoped = jnp.where(state.drafted > 0, self.expected[index], 0.0)
-        yields = before.yields.after(accepted, hoped)
-        row, cache = state.extra.row, state.cache
+    def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
+        """Guesses from the row that the newest token was drawn from."""
+        known: Known = state.extra
         wanted = jnp.bool(self.depth > 0)
         if self.sizes[0] == 1 and len(self.sizes) > 1:
             # Guesses for a step that verifies none would be made for nothing.
-            wanted = self._choice(yields, state) > 0
+            wanted = self.choice(known.yields, state) > 0
             guesses = jax.lax.cond(
                 wanted,
-                lambda: self._guessed(params, row, cache),
-                lambda: jnp.full(before.guesses.shape, -1, jnp.int32),
+                lambda: self._guessed(params, known.row, state.cache),
+                lambda: jnp.full(known.guesses.shape, -1, jnp.int32),
             )
         else:
-            guesses = self._guessed(params, row, cache)
+            guesses = self._guessed(params, known.row, state.cache)
         partial = jnp.broadcast_to(wanted.astype(jnp.int32), state.pending.shape)
-        return state.replace(extra=_Known(guesses, row, yields), partial=partial)
-
-    def _choice(self, yields: Yields, state: DecodeState) -> Int[Array, ""]:
-        weight = urgency(state.active, state.requests.budget)
-        return best_tree_index(self.expected, self.costs, yields.ratio(), weight)
+        return state.replace(extra=known.replace(guesses=guesses), partial=partial)
 
     def _guessed(
         self, params: Parameters, row: Float[Array, "B W"], cache: KVCache
@@ -180,9 +200,10 @@ def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
     """What the option `tree` says.
 
     Args:
-      text: `chain`: every head's best guess; `3x2x1`: children of each node by depth; `measured`:
-        the trees that emit most tokens by `accuracies`, of which steps take the one that pays;
-        `auto`: the same, or a chain of the length that pays where nothing was measured.
+      text: `chain`: every head's best guess; `none`: no drafts; `3x2x1`: children of each node by
+        depth; `measured`: the trees that emit most tokens by `accuracies`, of which steps take the
+        one that pays; `auto`: the same, or a chain of the length that pays where nothing was
+        measured.
       depth: places that the heads can guess.
       accuracies: as in `TokenTree.expected_tokens`; may be deeper than the heads.
 
@@ -208,7 +229,8 @@ def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
             expected = [float(hopes[: tree.size - 1].sum()) for tree in trees]
         costs = [backend.relative_step_cost(tree.size) for tree in trees]
         return Trees(trees, np.array(expected, np.float32), np.array(costs, np.float32), auto=True)
-    tree = TokenTree.chain(depth) if text == "chain" else _branching(text)
+    chains = {"chain": depth, "none": 0}
+    tree = TokenTree.chain(chains[text]) if text in chains else _branching(text)
     if tree.max_depth > depth:
         raise InputError(f"tree={text} is {tree.max_depth} deep; the heads guess {depth} places")
     ones = np.ones(1, np.float32)
@@ -219,6 +241,6 @@ def _branching(text: str) -> TokenTree:
     widths = text.split("x")
     if not all(width.isdecimal() and len(width) < 5 for width in widths):
         raise InputError(
-            f"tree must be auto, measured, chain or widths like 3x2x1, got '{text[:40]}'"
+            f"tree must be auto, measured, chain, none or widths like 3x2x1, got '{text[:40]}'"
         )
     return TokenTree.branching(*map(int, widths))

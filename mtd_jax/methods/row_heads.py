@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mtd_jax.decoding.heads import HeadsSpec
 from mtd_jax.errors import InputError
-from mtd_jax.transformer.losses import Totals, cross_entropy, divergence
+from mtd_jax.transformer.losses import Totals, cross_entropy, divergence, mapped_over_chunks
 from mtd_jax.transformer.model import Parameters, project
 from mtd_jax.transformer.packed import Packed
 from mtd_jax.typing import Array, Float, Int
@@ -118,16 +118,12 @@ def ranked(
     params: Parameters, rows: Float[Array, "B T D"], ranks: int, chunk: int
 ) -> Int[Array, "B T ranks"]:
     """The likeliest tokens at rows behind the final norm, `chunk` positions of logits at a time."""
-    batch, length, width = rows.shape
-    chunk = min(chunk, length)
-    parts = -(-length // chunk)
-    padded = jnp.pad(rows, ((0, 0), (0, parts * chunk - length), (0, 0)))
 
     def of_chunk(part: jax.Array) -> jax.Array:
         return jax.lax.top_k(project(params, part), ranks)[1].astype(jnp.int32)
 
-    found = jax.lax.map(of_chunk, padded.reshape(batch, parts, chunk, width).swapaxes(0, 1))
-    return found.swapaxes(0, 1).reshape(batch, -1, ranks)[:, :length]
+    found: jax.Array = mapped_over_chunks(of_chunk, rows, chunk)
+    return found
 
 
 def _count(i: int) -> str:

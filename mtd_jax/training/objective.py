@@ -22,6 +22,7 @@ from mtd_jax.config import Anchor, CycleConfig
 from mtd_jax.decoding.method import Method
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.methods.autoregressive import Autoregressive
+from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cycles import (
     cycle_hidden,
     kinds_of_places,
@@ -29,9 +30,11 @@ from mtd_jax.methods.cycles import (
     places_in_cycle,
 )
 from mtd_jax.methods.dmtd import DEFAULT_LATE, DMTD
+from mtd_jax.methods.options import read_options
 from mtd_jax.training.config import TrainConfig
 from mtd_jax.training.heads import HeadsTraining
 from mtd_jax.training.utilization import weights_in_products
+from mtd_jax.training.whole import WholeTraining
 from mtd_jax.transformer.losses import Totals, cross_entropy
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed, packed_hidden
@@ -231,7 +234,7 @@ def _fine_tuning(kind: type[FineTuning], config: TrainConfig) -> Objective:
     known = typing.get_type_hints(kind)
     for shared in typing.get_type_hints(FineTuning):  # not among [options]
         del known[shared]
-    options = methods.read_options(config.method, known, config.options)
+    options = read_options(config.method, known, config.options)
     memory = config.memory
     return kind(freeze=config.freeze, remat=memory.remat, chunk=memory.loss_chunk, **options)
 
@@ -246,12 +249,12 @@ def _heads(config: TrainConfig) -> Objective:
     if config.freeze:
         raise InputError(f"{config.method} trains no weight of the model: leave out freeze")
     options = methods.typed_options(config.method, config.options)
-    return HeadsTraining(
-        spec=methods.make_spec(config.method, options),
-        options=tuple(sorted(options.items())),
-        seed=config.seed,
-        chunk=config.memory.loss_chunk,
-    )
+    spec = methods.make_spec(config.method, options)
+    about = tuple(sorted(options.items()))
+    if isinstance(spec, CPSpec) and spec.trunk == "trained":
+        memory = config.memory
+        return WholeTraining(spec, about, config.seed, memory.loss_chunk, remat=memory.remat)
+    return HeadsTraining(spec, about, config.seed, config.memory.loss_chunk)
 
 
 _OBJECTIVES: Mapping[str, Callable[[TrainConfig], Objective]] = MappingProxyType(

@@ -139,6 +139,16 @@ def _backward(
 _summed.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def mapped_over_chunks(function: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
+    """`function(rows)` for arrays [B, T, ...], made and joined `chunk` positions of T at a time.
+
+    For measurements: a gradient would store what every chunk computed.
+    """
+    length = jax.tree.leaves(rows)[0].shape[1]
+    found = lax.map(function, _chunks(rows, min(chunk, length)))
+    return jax.tree.map(lambda x: _joined(x, length), found)
+
+
 def cross_entropy(
     params: Parameters,
     x: Float[Array, "B T D"],
@@ -165,7 +175,7 @@ def cross_entropy(
 
     def loss(weights: Any, x: Array, data: tuple[Array, Array, Array]) -> Totals:
         targets, counts, kinds = data
-        logits = logits_of(_only_output(config, weights), x)
+        logits = logits_of(only_output(config, weights), x)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         right = (jnp.argmax(logits, axis=-1) == targets) & counts
@@ -173,9 +183,9 @@ def cross_entropy(
         alone = {f"loss_{n}": jnp.where(kinds == i, losses, 0.0).sum() for i, n in enumerate(names)}
         return {"loss": losses.sum(), "right": right.astype(jnp.float32).sum(), **alone}
 
-    axes = _output_axes(config)
+    axes = output_axes(config)
     data = (targets, counts, kinds)
-    return summed_over_chunks(loss, _output(params), x, data, chunk, axes)
+    return summed_over_chunks(loss, output_weights(params), x, data, chunk, axes)
 
 
 def divergence(
@@ -206,7 +216,7 @@ def divergence(
     def loss(weights: Any, x: Array, data: tuple[Array, Array]) -> Totals:
         teacher, counts = data
         pairs = zip(read, weights, strict=True)
-        heads = [_only_output(each.config, pair) for each, pair in pairs]
+        heads = [only_output(each.config, pair) for each, pair in pairs]
         wanted = logits_of(lax.stop_gradient(heads[-1]), teacher)
         log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(logits_of(heads[0], x))
         kl = (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
@@ -216,24 +226,24 @@ def divergence(
             "right": right.astype(jnp.float32).sum(),
         }
 
-    weights = tuple(_output(each) for each in read)
-    axes = tuple(itertools.chain.from_iterable(_output_axes(each.config) for each in read))
+    weights = tuple(output_weights(each) for each in read)
+    axes = tuple(itertools.chain.from_iterable(output_axes(each.config) for each in read))
     return summed_over_chunks(loss, weights, x, (teacher, counts), chunk, axes)
 
 
-def _output(params: Parameters) -> Any:
+def output_weights(params: Parameters) -> Any:
     """What `unembed` reads of the parameters."""
     tied = params.config.tie_embeddings
     return params.final_norm, params.embedding if tied else params.head
 
 
-def _output_axes(config: ModelConfig) -> tuple[tuple[str | None, ...], ...]:
-    """Logical axes of `_output`."""
-    return tuple(weight.axes for weight in _output(declare(config)))
+def output_axes(config: ModelConfig) -> tuple[tuple[str | None, ...], ...]:
+    """Logical axes of `output_weights`, as `summed_over_chunks` wants them."""
+    return tuple(weight.axes for weight in output_weights(declare(config)))
 
 
-def _only_output(config: ModelConfig, weights: Any) -> Parameters:
-    """Parameters that `unembed` can read, made of `_output`."""
+def only_output(config: ModelConfig, weights: Any) -> Parameters:
+    """Parameters that `unembed` can read, made of `output_weights`."""
     norm, matrix = weights
     embedding, head = (matrix, None) if config.tie_embeddings else (None, matrix)
     return Parameters(embedding=embedding, blocks=(), final_norm=norm, head=head, config=config)

@@ -286,10 +286,13 @@ def test_a_resumed_run_is_bit_identical(place: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("medusa", {"own_output": False}),
-        ("medusa", {"own_output": True}),
-        ("hidden_transfer", {"rank": 0}),
-        ("hidden_transfer", {"rank": 4}),
+        ("medusa", {"count": 2, "loss": "cross_entropy"}),
+        ("medusa", {"count": 2, "loss": "cross_entropy", "own_output": True}),
+        ("hidden_transfer", {"count": 2, "loss": "cross_entropy", "rank": 0}),
+        ("hidden_transfer", {"count": 2, "loss": "cross_entropy", "rank": 4}),
+        ("cp", {"tokens": 2, "rank": 2, "balance": 0.1}),
+        ("cp", {"tokens": 2, "rank": 2, "loss": "joint", "trunk": "trained"}),
+        ("independent_heads", {"count": 2}),
     ],
     ids=str,
 )
@@ -306,7 +309,7 @@ def test_a_mesh_has_the_same_losses(
             directory,
             out=str(directory / name),
             method=method,
-            options={"count": 2, "loss": "cross_entropy", **options},
+            options=options,
             optimizer__steps=2,
             evaluate__every=0,
             **changes,

@@ -23,12 +23,18 @@ from tests.support import heads, tiny
 pytestmark = pytest.mark.filterwarnings("ignore:these weights were not trained")
 
 METHODS: dict[str, dict[str, Any]] = {
+    "cp": {},
+    "cp:chain": {"tree": "chain"},
+    "cp:rejection": {"tree": "chain", "acceptance": "rejection"},
+    "cp:tree": {"tree": "2x2x1"},
     "ngram": {},
     "ngram:chain": {"drafts": 4},
     "ngram:tree": {"branches": "3x2x1"},
     "prompt_lookup": {"drafts": 5},
     "self_speculative": {"skip_attention": "1", "drafts": 4},
     "self_speculative:auto": {"skip_mlp": "0", "skip_attention": "2"},
+    "independent_heads": {},
+    "independent_heads:tree": {"tree": "2x2x1"},
     "medusa": {},
     "medusa:chain": {"tree": "chain"},
     "medusa:tree": {"tree": "2x2x1"},
@@ -193,7 +199,7 @@ def _penalties_are_as_strong(label: str, method: Any, batch_size: int) -> None:
 
 def _the_same_seed_draws_the_same_tokens(label: str, method: Any, batch_size: int) -> None:
     """Tokens are drawn by position, so drafts from the text change no draw."""
-    if label.startswith("self") or label == "dmtd":
+    if label.startswith("self") or label in ("cp:rejection", "dmtd"):
         return  # its drafts are drawn themselves: the distribution is the same, not each draw
     for sampling in (
         Sampling(0.3, seed=5),
@@ -225,11 +231,13 @@ CHECKS = (
 
 
 FAST = (
+    ("cp:tree", 3),
+    ("hidden_transfer:all", 3),
+    ("independent_heads:tree", 3),
+    ("medusa:tree", 3),
     ("ngram:tree", 3),
     ("prompt_lookup", 1),
     ("self_speculative", 3),
-    ("medusa:tree", 3),
-    ("hidden_transfer:all", 3),
 )
 
 

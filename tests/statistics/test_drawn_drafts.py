@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
 import mtd_jax as mtd
+from mtd_jax.decoding.heads import Heads
+from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.sampling import SamplingRows, log_probabilities
-from tests.support import tiny
+from tests.support import heads, tiny
 
 ALPHA = 1e-4
 DRAWS = 51_200
@@ -36,13 +40,26 @@ def _exact() -> dict[tuple[int, ...], float]:
     return joint
 
 
+def _heads(model: LanguageModel, name: str) -> Heads | None:
+    """Heads that know a little."""
+    if name not in mtd.methods.SPECS:
+        return None
+    texts = heads.answers(model, [PROMPT, PROMPT[::-1], [9, 8, 7]], 20)
+    return heads.fitted(model, texts, name, steps=20, rank=2, tokens=3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{"drafts": 2, "threshold": 0.3}, {"drafts": 3, "threshold": 0}]
+    ("name", "options"),
+    [
+        ("self_speculative", {"skip_attention": "1", "drafts": 2, "threshold": 0.3}),
+        ("self_speculative", {"skip_attention": "1", "drafts": 3, "threshold": 0}),
+        ("cp", {"tree": "chain", "acceptance": "rejection"}),
+    ],
 )
-def test_tokens_are_drawn_from_the_model(options: dict[str, float]) -> None:
+def test_tokens_are_drawn_from_the_model(name: str, options: dict[str, Any]) -> None:
     model = tiny.language_model()
-    method = mtd.methods.make_method("self_speculative", {"skip_attention": "1"} | options)
+    method = mtd.methods.make_method(name, options, _heads(model, name))
     seen: dict[tuple[int, ...], int] = {}
     accepted = drafted = 0
     for first in range(0, DRAWS, BATCH):

@@ -1,0 +1,96 @@
+"""Decoding with CP heads on one page: one prompt, greedily, a chain of drafts.
+
+    python infer/cp.py --model models/smollm2-135m-instruct --heads runs/cp/heads --prompt "Hello"
+
+One pass verifies the drafts of the step before and leaves the row that the next ones come from.
+`mtd_jax/methods/cp_drafting.py` does it on the device, samples, batches, drafts trees and adapts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+
+import mtd_jax as mtd
+from mtd_jax.decoding.requests import encode
+from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.decoding.verify import walk
+from mtd_jax.methods import cp_mixture
+from mtd_jax.methods.cp_weights import CPWeights
+from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.model import Parameters, extend, normed, unembed
+
+
+@jax.jit
+def draft(heads: CPWeights, params: Parameters, row: jax.Array, newest: jax.Array) -> jax.Array:
+    """The newest token, and the likeliest ones behind it, each given those before it."""
+    e = normed(params, row)
+    log_pi, tables = heads.log_w(e), heads.log_p(params, e)  # [r], [r, n, V]
+    tokens = [newest]
+    for step in range(1, tables.shape[1]):
+        log_pi = cp_mixture.seen(log_pi, tables[:, step - 1], tokens[-1])
+        best = jnp.argmax(cp_mixture.mixed(log_pi, tables[:, step]))
+        tokens.append(best.astype(jnp.int32))
+    return jnp.stack(tokens)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def verify(
+    params: Parameters, cache: KVCache, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
+    """What the model itself says, how many drafts that keeps, the row behind them."""
+    x, cache = extend(params, cache, tokens[None])
+    said = jnp.argmax(unembed(params, x), axis=-1).astype(jnp.int32)
+    verdict = walk(TokenTree.chain(tokens.shape[0] - 1), tokens[None], said)
+    kept = verdict.accepted[0]
+    return verdict.tokens[0], kept, x[0, kept], cache.commit(verdict.accepted + 1)
+
+
+def main() -> None:
+    """Answers one prompt."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--heads", required=True, help="directory that `mtd train` wrote")
+    parser.add_argument("--prompt")
+    parser.add_argument("--token-ids", help="in place of --prompt: 5,6,7")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    args = parser.parse_args()
+
+    model = mtd.load(args.model)
+    heads = mtd.load_heads(args.heads, model)
+    if mtd.methods.cp(heads, tree="chain").marginal:  # refuses heads of another method
+        raise mtd.InputError(
+            "this page decodes the model's own tokens, not the mixture's first ones"
+        )
+    ids = args.token_ids and tuple(int(i) for i in args.token_ids.split(","))
+    prompt = mtd.Prompt("0", text=None if ids else args.prompt, token_ids=ids or None)
+    budget = args.max_new_tokens
+    request = encode(prompt, model.config, model.tokenizer, max_new_tokens=budget, chat=None)
+    text, passes = list(request.token_ids), 1
+    start, end, stops = len(text), len(text) + request.budget, set(model.eos_token_ids)
+    drafts = heads.options.get("tokens", 4)
+    cache = KVCache.empty(model.config, 1, end + drafts, model.params.embedding.dtype)
+    x, cache = extend(model.params, cache, jnp.array([text], jnp.int32))
+    cache, row = cache.commit(jnp.array([start])), x[0, -1]
+    text.append(int(unembed(model.params, row).argmax()))
+    while len(text) < end and not stops & set(text[start:]):
+        tokens = draft(heads.weights, model.params, row, jnp.int32(text[-1]))
+        said, kept, row, cache = verify(model.params, cache, tokens)
+        text += said[: int(kept) + 1].tolist()
+        passes += 1
+    # What was accepted behind the budget or an end token does not count.
+    new = text[start : min([end] + [i + 1 for i in range(start, len(text)) if text[i] in stops])]
+    print(model.tokenizer.decode(new) if model.tokenizer is not None else new)
+    print(f"[{len(new)} tokens in {passes} passes: {len(new) / passes:.2f} tokens a pass]")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (mtd.InputError, ValueError, OSError) as error:
+        print(f"cp.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,162 @@
+"""Decoding with CP heads: drafts from the mixture's conditionals, exactly (arXiv 2410.17765).
+
+The heads are evaluated once a step, at the row that the newest token was drawn from. Given that
+token, the experts are weighted anew, and the tokens behind it follow one by one, along a chain or
+along every path of a tree; a node's score is its true probability as a draft. The pass that
+verifies them makes the next such row: none is for drafting alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from mtd_jax.decoding.method import DecodeState
+from mtd_jax.decoding.sampling import SamplingRows, candidates, log_probabilities
+from mtd_jax.decoding.speculative import draws_pass, verify_pass
+from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.errors import InputError
+from mtd_jax.methods import cp_mixture
+from mtd_jax.methods.cp_heads import CPSpec
+from mtd_jax.methods.cp_weights import CPWeights
+from mtd_jax.methods.drafting import Known, TreeDrafting, choose_trees
+from mtd_jax.parameters import size_in_bytes
+from mtd_jax.transformer.linear import precision_of
+from mtd_jax.transformer.model import Parameters, declare, normed
+from mtd_jax.typing import Array, Float, Int
+
+Acceptance: TypeAlias = Literal["exact", "rejection", "typical"]
+
+
+class CP(TreeDrafting):
+    """The module's docstring says it; made by `methods.cp`."""
+
+    weights: CPWeights
+    drawn: bool = struct.field(pytree_node=False, default=False)
+    """Drafts are tested by min(1, p / q), with the conditional that they were drawn from."""
+    marginal: bool = struct.field(pytree_node=False, default=False)
+    """What is decoded is the mixture's own first token: the trunk was trained with the heads."""
+
+    name: ClassVar[str] = CPSpec.name
+
+    def plain(self) -> CP:
+        """The same without drafts: one token a step."""
+        once = jnp.ones(1, jnp.float32)
+        return self.replace(trees=(TokenTree.chain(0),), expected=0 * once, costs=once, auto=False)
+
+    def partial_bytes(self, params: Parameters, cached: float) -> float:
+        """The heads and what they read with, once for all drafts of a step."""
+        output = math.prod(declare(params.config).embedding.shape) * params.embedding.itemsize
+        return size_in_bytes(self.weights) + (output if self.weights.output is None else 0)
+
+    def output(self, params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """The model's logits; or where they were trained together the marginal (eq. 11)."""
+        if not self.marginal:
+            return super().output(params, x)
+        e = normed(params, x)
+        tables = self.weights.first(1).log_p(params, e)[..., 0, :]
+        return cp_mixture.mixed(self.weights.log_w(e), tables)
+
+    def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
+        """Drafts behind the pending token, and verifies them."""
+        known: Known = state.extra
+        if tree.size == 1:
+            nothing = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
+            state, seen = verify_pass(params, state, tree, nothing, output=self.output)
+            return state.replace(extra=known.replace(row=seen.last_row))
+        drafts, log_q = self.drafts(params, known.row, state, tree)
+        if self.drawn:
+            many = jnp.full_like(state.pending, tree.max_depth)
+            state, seen = draws_pass(params, state, drafts, many, log_q, output=self.output)
+        else:
+            rule = self.acceptance
+            state, seen = verify_pass(
+                params, state, tree, drafts, acceptance=rule, output=self.output
+            )
+        return state.replace(extra=known.replace(row=seen.last_row))
+
+    def drafts(
+        self, params: Parameters, row: Float[Array, "B D"], state: DecodeState, tree: TokenTree
+    ) -> tuple[Int[Array, "B drafts"], Float[Array, "B depth V"]]:
+        """Tokens of nodes 1, 2, ...: each by the conditional of its path behind the pending token.
+
+        Children of a node are the likeliest tokens by its conditional, of rows that draw: the
+        likeliest to be drawn (`sampling.candidates`).
+
+        Returns:
+          the tokens, and for a chain that is to be tested by it, the log-distribution that each was
+          drawn from (zeros, if no row draws; no entries otherwise).
+        """
+        sampling = state.requests.sampling
+        e = normed(params, row)
+        log_p = self.weights.first(tree.max_depth + 1).log_p(params, e)
+        log_pi = cp_mixture.seen(self.weights.log_w(e), log_p[:, :, 0], state.pending)[:, None]
+        batch, vocab = row.shape[0], params.config.vocab_size
+        on_tree = jnp.zeros((batch, tree.size), jnp.int32)
+        drawn_from = []
+        for depth in range(tree.max_depth):
+            here, below = (np.flatnonzero(tree.depth == d) for d in (depth, depth + 1))
+            parent = np.searchsorted(here, np.asarray((0, *tree.parents))[below])
+            table = log_p[:, :, depth + 1]
+            # As a product: what underflows in it is no draft.
+            shares = "Bmr,BrV->BmV", jnp.exp(log_pi), jnp.exp(table)
+            log_q = jnp.log(jnp.einsum(*shares, precision=precision_of(table)))
+            rows = sampling.repeat(len(here))
+            places = jnp.repeat(state.cache.length + 1 + depth, len(here))
+            flat = log_q.reshape(-1, vocab)
+            wide = 1 + int(tree.rank[below].max())
+            found = candidates(flat, rows, places, wide).reshape(batch, len(here), wide)
+            tokens = found[:, parent, tree.rank[below]]
+            on_tree = on_tree.at[:, below].set(tokens)
+            seen = jnp.take_along_axis(table, tokens[:, None], axis=-1).swapaxes(1, 2)
+            log_pi = jax.nn.log_softmax(log_pi[:, parent] + seen, axis=-1)
+            if self.drawn:
+                drawn_from.append(_distribution(flat, rows))
+        log_q = jnp.stack(drawn_from, axis=1) if drawn_from else jnp.zeros((batch, 0, vocab))
+        return on_tree[:, 1:], log_q
+
+
+def make(
+    spec: CPSpec,
+    weights: CPWeights,
+    accuracies: Any,
+    *,
+    tree: str = "auto",
+    acceptance: Acceptance = "exact",
+) -> CP:
+    """The method with these weights; `methods.cp` says what the options mean.
+
+    Raises:
+      InputError: as for `choose_trees`, or a tree that cannot be tested as asked for.
+    """
+    drawn = acceptance == "rejection"
+    if drawn and accuracies is not None:
+        accuracies = accuracies[:, :1]
+    trees = choose_trees(tree, spec.depth, accuracies)
+    if drawn and not all(t.is_chain for t in trees.trees):
+        raise InputError("acceptance=rejection tests chains: leave out tree, or say tree=chain")
+    steps = 1 + max(t.max_depth for t in trees.trees)
+    return CP(
+        costs=jnp.asarray(trees.costs),
+        expected=jnp.asarray(trees.expected),
+        trees=trees.trees,
+        acceptance="typical" if acceptance == "typical" else "exact",
+        auto=trees.auto,
+        weights=weights.first(steps),
+        drawn=drawn,
+        marginal=spec.trunk == "trained",
+    )
+
+
+def _distribution(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Array, "B V"]:
+    """What `candidates` draws from; a branch, because it is a pass over the vocabulary."""
+    return jax.lax.cond(
+        jnp.any(rows.temperature > 0),
+        lambda: log_probabilities(logits, rows),
+        lambda: jnp.zeros_like(logits),
+    )

@@ -1,0 +1,194 @@
+"""Independent heads (arXiv 2404.19737): layers of their own on the trunk, each for one more place.
+
+The trunk is all layers but the last. The last one is the base's head: it says token n + 1. Beside
+it stand k layers of the same shape; head i (from 0) says token n + i + 2 from the same input z:
+
+    h_i = layer_i(z_0 .. z_n)          begins as a copy of the base's last layer
+    p_i = softmax(norm(h_i) O)         norm and O: the base's
+
+The paper trains all of it from nothing; here the base stays, and the loss is the plain sum of the
+heads' cross-entropies (eq. 2). Heads are trained one after another, each from z anew, so that the
+activations of one exist at a time (section 2).
+
+When decoding, keys and values of the heads lie behind the base's in the same cache, as if it had k
+more layers: every row passes them all, and the newest row's guesses are there with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.method import Extend, Requests
+from mtd_jax.decoding.prompt import read_prompt
+from mtd_jax.decoding.speculative import Acceptance
+from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.methods.drafting import RowDrafting, choose_trees
+from mtd_jax.methods.row_heads import RowHeadsSpec
+from mtd_jax.parameters import count, size_in_bytes
+from mtd_jax.transformer import block
+from mtd_jax.transformer.block import Block
+from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.model import Parameters, declare, embed, normed, rows_behind, unembed
+from mtd_jax.transformer.packed import Packed, packed_rows
+from mtd_jax.transformer.stack import decode_range, frozen_range, train_stack
+from mtd_jax.typing import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class IndependentHeadsSpec(RowHeadsSpec):
+    """Options of independent heads that say what is trained, and how.
+
+    Raises:
+      InputError: a value outside its range.
+    """
+
+    loss: Literal["cross_entropy", "distillation"] = "cross_entropy"
+    decay: float = 1.0
+
+    name: ClassVar[str] = "independent_heads"
+
+    def declare(self, config: ModelConfig) -> Block:
+        """The heads as one stack of layers."""
+        return block.declare(dataclasses.replace(config, num_layers=self.count, **_NO_LAYERS))
+
+    def initial(self, base: Parameters, key: jax.Array) -> Block:
+        """Copies of the last layer."""
+        del key
+        blocks = base.blocks
+        last = blocks[-1] if isinstance(blocks, tuple) else jax.tree.map(lambda w: w[-1], blocks)
+        return jax.tree.map(
+            lambda w: jnp.broadcast_to(w.astype(jnp.float32), (self.count, *w.shape)), last
+        )
+
+    def rows(
+        self, weights: Block, base: Parameters, batch: Packed
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T k D"]]:
+        """Of the base and of every head, behind the final norm."""
+        config, last = base.config, base.config.num_layers - 1
+        rows = packed_rows(config, batch)
+        x = embed(base, batch.tokens)
+        z = frozen_range(config, base.blocks, x, 0, last, rows=rows)
+        h = frozen_range(config, base.blocks, z, last, last + 1, rows=rows)
+        alone = _with_heads(config, 1, first=last)
+
+        def head(_: None, layer: Block) -> tuple[None, Array]:
+            stack = jax.tree.map(lambda w: w[None].astype(z.dtype), layer)
+            return None, train_stack(alone, stack, z, rows=rows, remat="layer")[0]
+
+        _, found = jax.lax.scan(head, None, weights)
+        return normed(base, h), normed(base, jnp.moveaxis(found, 0, 2))
+
+    def flops(self, config: ModelConfig) -> float:
+        """2 for each weight forward, 2 for its gradient, 2 for the rows within a head."""
+        output = config.hidden_size * config.vocab_size * self.count
+        return 6.0 * count(self.declare(config)) + 4.0 * output
+
+
+class IndependentHeads(RowDrafting):
+    """See the module's docstring; made by `methods.independent_heads`."""
+
+    heads: tuple[Block, ...]
+    """A layer each."""
+
+    name: ClassVar[str] = IndependentHeadsSpec.name
+
+    def partial_bytes(self, params: Parameters, cached: float) -> float:
+        """The heads, which every pass runs, and the output head once more."""
+        output = math.prod(declare(params.config).embedding.shape) * params.embedding.itemsize
+        return size_in_bytes(self.heads) + output
+
+    def read(
+        self,
+        params: Parameters,
+        tokens: Int[Array, "B P"],
+        lengths: Int[Array, " B"],
+        requests: Requests,
+        capacity: int,
+    ) -> tuple[Float[Array, "B W"], KVCache]:
+        """Beside the last layer's output also the heads'; all leave keys and values."""
+        config = params.config
+        deeper = params.replace(config=_with_heads(config, config.num_layers + len(self.heads)))
+        width = config.hidden_size * (1 + len(self.heads))
+        return read_prompt(deeper, tokens, lengths, capacity, self._extend, width=width)
+
+    def walk(self, tree: TokenTree | None) -> Extend:
+        """Through the heads too, on every tree: what is kept of it leaves keys and values."""
+        return self._extend
+
+    def guesses(
+        self, params: Parameters, row: Float[Array, "B W"], ranks: int, cache: KVCache
+    ) -> Int[Array, "B depth ranks"]:
+        """The likeliest tokens of every head."""
+        rows = row.reshape(row.shape[0], -1, params.config.hidden_size)[:, 1:]
+        return jax.lax.top_k(unembed(params, rows), ranks)[1].astype(jnp.int32)
+
+    def _extend(
+        self,
+        params: Parameters,
+        cache: KVCache,
+        tokens: Int[Array, "B T"],
+        *,
+        ancestors: Bool[np.ndarray, "T T"] | None = None,
+        context: Int[Array, "B T"] | None = None,
+        active: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T W"], KVCache]:
+        """`model.extend`, with the heads' output behind the base's in every row."""
+        base = cache.k.shape[0] - len(self.heads)
+        config = _with_heads(params.config, cache.k.shape[0])
+        rows, slots = rows_behind(
+            config, cache, tokens.shape[1], ancestors=ancestors, context=context, active=active
+        )
+
+        def through(
+            blocks: Any, cache: KVCache, x: jax.Array, start: int, stop: int
+        ) -> tuple[jax.Array, KVCache]:
+            return decode_range(config, blocks, cache, x, start, stop, rows=rows, slots=slots)
+
+        z, cache = through(params.blocks, cache, embed(params, tokens), 0, base - 1)
+        x, cache = through(params.blocks, cache, z, base - 1, base)
+        found = [x]
+        for place, head in enumerate(self.heads, start=base):
+            # Found by its number among all layers, of which it is the only one that runs.
+            x, cache = through((head,) * (place + 1), cache, z, place, place + 1)
+            found.append(x)
+        return jnp.concatenate(found, axis=-1), cache
+
+
+def make(
+    spec: IndependentHeadsSpec,
+    weights: Block,
+    accuracies: Any,
+    *,
+    tree: str = "auto",
+    acceptance: Acceptance = "exact",
+) -> IndependentHeads:
+    """The method with these weights; `methods.independent_heads` says what the options mean."""
+    trees = choose_trees(tree, spec.depth, accuracies)
+    depth = max(1, *(t.max_depth for t in trees.trees))
+    return IndependentHeads(
+        costs=jnp.asarray(trees.costs),
+        expected=jnp.asarray(trees.expected),
+        trees=trees.trees,
+        acceptance=acceptance,
+        auto=trees.auto,
+        heads=block.unstack(weights)[:depth],
+    )
+
+
+_NO_LAYERS: dict[str, Any] = {"sliding_windows": None, "cycles": None}
+
+
+def _with_heads(config: ModelConfig, layers: int, first: int = 0) -> ModelConfig:
+    """The model's config with `layers` layers from `first` on; all behind its last are as that."""
+    windows = config.sliding_windows
+    if windows is not None:
+        longer = windows + windows[-1:] * (first + layers)
+        windows = longer[first : first + layers]
+    return dataclasses.replace(config, num_layers=layers, sliding_windows=windows, cycles=None)

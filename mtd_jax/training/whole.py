@@ -1,0 +1,56 @@
+"""Training of heads together with the model below them, whatever weights that begins with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from mtd_jax.decoding.method import Method
+from mtd_jax.methods.cp_heads import CPSpec
+from mtd_jax.training.heads import HeadsTraining
+from mtd_jax.training.utilization import weights_in_products
+from mtd_jax.transformer.losses import Totals
+from mtd_jax.transformer.model import Parameters, embed, normed
+from mtd_jax.transformer.packed import Packed, packed_rows
+from mtd_jax.transformer.stack import Remat, train_stack
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeTraining(HeadsTraining):
+    """The objective of CP heads with `trunk = "trained"`: all weights, from the joint loss."""
+
+    spec: CPSpec
+    remat: Remat = "layer"
+
+    def split(self, params: Parameters) -> tuple[Any, Any]:
+        """(model, new heads), and nothing that stays."""
+        heads, params = super().split(params)
+        return (params, heads), ()
+
+    def loss(
+        self, trainable: Any, frozen: Any, batch: Packed, counts: Totals, key: jax.Array | None
+    ) -> tuple[jax.Array, Totals]:
+        """The mixture's, on rows that the backward pass goes through."""
+        del frozen, key
+        params, heads = trainable
+        config = params.config
+        rows = packed_rows(config, batch)
+        x, _ = train_stack(
+            config, params.blocks, embed(params, batch.tokens), rows=rows, remat=self.remat
+        )
+        e, chunk = normed(params, x), self.chunk_of(batch)
+        return self.spec.mixture_loss(heads, params, e, batch, counts, chunk=chunk, frozen=False)
+
+    def flops(self, trainable: Any, frozen: Any) -> float:
+        """Layers and heads both ways; the output head as often as there are heads."""
+        params, _ = trainable
+        output = params.config.hidden_size * params.config.vocab_size
+        layers = weights_in_products(params) - output
+        return 6.0 * layers + 1.5 * self.spec.flops(params.config)
+
+    def decoder(self, trainable: Any, frozen: Any) -> tuple[Parameters, Method]:
+        """The model and the method."""
+        params, heads = trainable
+        return super().decoder(heads, params)

@@ -1,0 +1,265 @@
+"""CP heads: the loss against a slow sum, drafts against tables of all paths, steps against texts.
+
+The identities of the mixture itself are in tests/unit/test_cp_mixture.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtd_jax import generate, methods
+from mtd_jax.decoding import engine
+from mtd_jax.decoding.heads import Heads
+from mtd_jax.decoding.method import Requests
+from mtd_jax.decoding.sampling import Sampling, SamplingRows
+from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.errors import InputError
+from mtd_jax.methods.cp_heads import CPSpec
+from mtd_jax.methods.cp_weights import CPWeights
+from mtd_jax.transformer.model import Parameters, forward, normed
+from mtd_jax.transformer.packed import frozen_rows
+from tests.oracle import cp_mixture as oracle
+from tests.support import heads, tiny
+
+OPTIONS: list[dict[str, Any]] = [
+    {"loss": "joint", "rank": 3, "tokens": 3, "factor": 8, "balance": 0.1},
+    {"loss": "joint", "rank": 1, "tokens": 2, "factor": 0},
+    {"loss": "joint", "rank": 2, "tokens": 2, "own_output": True},
+    {"loss": "distillation", "rank": 2, "tokens": 3, "factor": 0, "beta": 0.7, "gamma": 0.5},
+]
+TEXTS = [[5, 6, 7, 8, 9, 6, 5], [11, 12, 13], [3, 4, 3, 4], [9] * 6]
+
+
+def _setting(options: dict[str, Any]) -> tuple[CPSpec, CPWeights, Parameters]:
+    model = tiny.language_model()
+    spec = methods.make_spec("cp", options)
+    assert isinstance(spec, CPSpec)
+    weights = heads.random(model, "cp", **options).weights
+    # Small enough that no table is one-hot.
+    return spec, jax.tree.map(lambda x: 0.2 * x, weights), model.params
+
+
+def _tables(
+    weights: CPWeights, base: Parameters, text: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[T, r] weights, [T, r, n, V] tables and [T, V] what the base says, in float64."""
+    w = jax.tree.map(lambda x: np.asarray(x, np.float64), weights)
+    e = np.asarray(normed(base, frozen_rows(base, heads.packed([text])))[0], np.float64)
+    head = np.asarray(base.embedding.T if base.head is None else base.head, np.float64)
+    if w.output is not None:
+        logits = np.einsum("td,rndv->trnv", e, w.output)
+    else:
+        moved = np.einsum("td,drnk->trnk", e, w.down)
+        moved = moved if w.up is None else np.einsum("trnk,rnkd->trnd", moved, w.up)
+        logits = (e[:, None, None] + moved) @ head
+    plain = np.asarray(forward(base, jnp.asarray([text], jnp.int32))[0], np.float64)
+    return _softmax(e @ w.gate), _softmax(logits), _softmax(plain)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def _slow(spec: CPSpec, weights: CPWeights, base: Parameters) -> dict[str, float]:
+    """The loss and its parts text by text, position by position, step by step."""
+    steps = spec.tokens
+    nll, kl, number = np.zeros(steps), np.zeros(steps), np.zeros(steps)
+    joint, whole, usage, wins = 0.0, 0, np.zeros(spec.rank), np.zeros(spec.rank)
+    for text in TEXTS:
+        w, p, plain = _tables(weights, base, text)
+        for t in range(len(text) - 1):
+            usage += w[t]
+            wins[w[t].argmax()] += 1
+            ahead = text[t + 1 : t + 1 + steps]
+            for s, token in enumerate(ahead):
+                pi = oracle.posterior(w[t], p[t], ahead[:s])
+                q = pi @ p[t, :, s]
+                nll[s] -= np.log(q[token])
+                kl[s] += (plain[t + s] * (np.log(plain[t + s]) - np.log(q))).sum()
+                number[s] += 1
+            if len(ahead) == steps:
+                chances = [
+                    np.prod([p[t, a, s, x] for s, x in enumerate(ahead)]) for a in range(spec.rank)
+                ]
+                joint -= np.log(w[t] @ chances)
+                whole += 1
+    loss = nll.sum()
+    if spec.loss == "distillation":
+        decay = spec.gamma ** np.arange(steps)
+        loss = (decay * (spec.beta * kl + (1 - spec.beta) * nll)).sum()
+    share = usage / number[0]
+    balance = spec.rank * (wins / number[0] * share).sum()
+    return {
+        "loss": loss / number[0] + spec.balance * balance,
+        "joint": joint / whole,
+        "usage_entropy": -(share * np.log(share)).sum(),
+        **{f"conditional_{s + 1}": nll[s] / number[s] for s in range(steps)},
+    }
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_loss_is_the_slow_sum(options: dict[str, Any]) -> None:
+    spec, weights, base = _setting(options)
+    batch = heads.packed(TEXTS)
+    counts = spec.counts(batch)
+
+    def loss(weights: Any, base: Any) -> Any:
+        return spec.training_loss(weights, base, batch, counts, chunk=5)
+
+    taken = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, totals), (own, others) = jax.jit(taken)(weights, base)
+    for name, value in _slow(spec, weights, base).items():
+        assert float(totals[name]) == pytest.approx(value, rel=2e-4), name
+    for leaf in jax.tree.leaves(own):
+        # With one expert the gate decides nothing.
+        assert float(jnp.abs(leaf).max()) > 0 or leaf.shape[-1] == spec.rank == 1
+    assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(others))
+    shares = [float(totals[f"responsibility_{a + 1}"]) for a in range(spec.rank)]
+    assert sum(shares) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_memory_grows_neither_with_the_rank_nor_with_the_tokens() -> None:
+    config = tiny.config(vocab_size=2048)
+    base = jax.eval_shape(lambda: tiny.params(config))
+    batch = jax.eval_shape(lambda: heads.packed([[5] * 128] * 4))
+
+    def temporary(rank: int, tokens: int) -> int:
+        spec = CPSpec(rank=rank, tokens=tokens, factor=4, loss="joint")
+        weights = jax.eval_shape(spec.initial, base, jax.random.key(0))
+
+        def step(weights: Any, base: Any, batch: Any) -> Any:
+            counts = spec.counts(batch)
+            return jax.grad(lambda w: spec.training_loss(w, base, batch, counts, chunk=64)[0])(
+                weights
+            )
+
+        compiled: Any = jax.jit(step).lower(weights, base, batch).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    assert temporary(8, 4) <= 1.3 * temporary(1, 2)
+
+
+PROMPTS = [[7] * 6, [3, 4, 5, 6], [50, 40, 50, 40, 50]]
+
+
+def _started(method: Any, temperature: float = 0.0) -> Any:
+    params = tiny.language_model().params
+    lengths = jnp.asarray([len(p) for p in PROMPTS], jnp.int32)
+    tokens = jnp.asarray([p + [0] * (8 - len(p)) for p in PROMPTS], jnp.int32)
+    requests = Requests(
+        budget=jnp.full(3, 30, jnp.int32),
+        stop_ids=jnp.full(8, -1, jnp.int32),
+        sampling=SamplingRows.of([Sampling(temperature, seed=i) for i in range(3)]),
+    )
+    return engine.start(method, params, tokens, lengths, requests, 128)[0]
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2]], ids=str)
+def test_drafts_are_the_likeliest_along_their_paths(options: dict[str, Any]) -> None:
+    """Against the table of the experts' chances on every path."""
+    _, weights, base = _setting(options)
+    tree = TokenTree.branching(*(3, 2)[: options["tokens"] - 1])
+    found = Heads("cp", options, "tiny", weights)
+    method: Any = methods.make_method("cp", {"tree": "chain"}, found)
+    state = _started(method)
+    drafts, _ = method.drafts(base, state.extra.row, state, tree)
+    for row, prompt in enumerate(PROMPTS):
+        tables = _tables(weights, base, prompt)
+        w, p = tables[0][-1], tables[1][-1]
+        tokens = [int(state.pending[row]), *np.asarray(drafts[row]).tolist()]
+        for node in range(tree.size):
+            way = [tokens[n] for n in dict.fromkeys(tree.paths[node].tolist())]
+            children = [tokens[child] for child in tree.children(node)]
+            if children:
+                q = oracle.posterior(w, p, way) @ p[:, len(way)]
+                assert children == np.argsort(-q, kind="stable")[: len(children)].tolist()
+
+
+@cache
+def _fitted() -> Heads:
+    model = tiny.language_model()
+    texts = heads.answers(model, PROMPTS, 30)
+    return heads.fitted(model, texts, "cp", steps=40, rank=2, factor=8)
+
+
+@pytest.mark.parametrize("decoding", [{"tree": "2x2x1"}, {"acceptance": "rejection"}], ids=str)
+def test_a_fused_step_is_a_draft_and_a_verification(decoding: dict[str, Any]) -> None:
+    """What a step leaves behind is what a new prompt of the longer text would begin with."""
+    model = tiny.language_model()
+    method: Any = methods.make_method("cp", {"tree": "chain"} | decoding, _fitted())
+    state = _started(method)
+    state, _ = engine.run(method, model.params, state, 3)
+    assert int(state.tally.histogram[:, 1:].sum()) > 0
+    text, length = np.asarray(state.text), np.asarray(state.cache.length)
+    draft = jax.jit(method.drafts, static_argnames="tree")
+    tree = method.trees[-1]
+    drafts, log_q = draft(model.params, state.extra.row, state, tree=tree)
+    assert log_q.shape[1] == (tree.max_depth if method.drawn else 0)
+    rows = []
+    for row in range(3):
+        kept = text[row, : length[row]].tolist()
+        rows.append(frozen_rows(model.params, heads.packed([kept]))[0, -1])
+    np.testing.assert_allclose(state.extra.row, jnp.stack(rows), atol=1e-4)
+    expected, _ = draft(model.params, jnp.stack(rows), state, tree=tree)
+    np.testing.assert_array_equal(drafts, expected)
+
+
+def test_drafts_of_drawing_rows_share_the_noise_of_the_draw() -> None:
+    """A mixture that says what the base says drafts what the base will draw, at any temperature."""
+    model = tiny.language_model()
+    spec = CPSpec(rank=2, tokens=2, own_output=True)
+    weights = jax.tree.map(jnp.zeros_like, spec.initial(model.params, jax.random.key(0)))
+    found = Heads("cp", {"rank": 2, "tokens": 2, "own_output": True}, "tiny", weights)
+    method: Any = methods.make_method("cp", {"tree": "chain"}, found)
+    state = _started(method, temperature=1.5)
+    flat = model.params.replace(
+        embedding=jnp.zeros_like(model.params.embedding),
+        head=None if model.params.head is None else jnp.zeros_like(model.params.head),
+    )
+    # Both are uniform now.
+    after = method.step(flat, state)
+    assert after.emitted_count.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("decoding", [{"tree": "2x2x1"}, {"acceptance": "rejection"}], ids=str)
+def test_a_whole_model_decodes_its_own_first_token(decoding: dict[str, Any]) -> None:
+    """The marginal of step 1 is what is verified, what is drawn behind the prompt, and the base."""
+    model = tiny.language_model()
+    made: Any = methods.make_method("cp", {"tree": "chain"} | decoding, _fitted())
+    method = made.replace(marginal=True)
+    plain: Any = methods.reference(method)
+    assert plain.max_emit == 1
+    for temperature in (0.0,) if method.drawn else (0.0, 0.8):
+        sampling = Sampling(temperature, seed=3)
+        found, expected = (
+            generate(model, m, PROMPTS, max_new_tokens=20, sampling=sampling)
+            for m in (method, plain)
+        )
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+        assert sum(c.metrics.accepted for c in found) > 0
+    for prompt, completion in zip(PROMPTS, _greedy(plain), strict=True):
+        text = [*prompt, *completion]
+        w, p, _ = _tables(_fitted().weights, model.params, text)
+        said = np.einsum("tr,trv->tv", w, p[:, :, 0]).argmax(-1)
+        assert said[len(prompt) - 1 : -1].tolist() == completion
+
+
+def _greedy(method: Any) -> list[list[int]]:
+    done = generate(tiny.language_model(), method, PROMPTS, max_new_tokens=20)
+    return [list(c.token_ids) for c in done]
+
+
+def test_rejection_takes_chains_and_none_is_no_draft() -> None:
+    method: Any = methods.make_method("cp", {"acceptance": "rejection"}, _fitted())
+    assert all(tree.is_chain for tree in method.trees)
+    plain: Any = methods.make_method("cp", {"tree": "none"}, _fitted())
+    assert plain.max_emit == 1
+    with pytest.raises(InputError, match="tests chains"):
+        methods.make_method("cp", {"acceptance": "rejection", "tree": "2x1"}, _fitted())

@@ -1,0 +1,129 @@
+"""CP heads as a user meets them: over a model that stays, and trained together with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import command_line
+from tests.support.command_line import ROOT, assert_refused, run_commands
+from tests.support.training import write_config, write_model, write_texts
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cp-cli")
+    write_model(directory)
+    write_texts(directory)
+    prompts = [{"id": str(i), "prompt": text} for i, text in enumerate(("the fox", "a lazy dog"))]
+    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    (directory / "prompts.jsonl").write_text(lines, encoding="utf-8")
+    return directory
+
+
+@pytest.mark.parametrize("trunk", ["frozen", pytest.param("trained", marks=pytest.mark.slow)])
+def test_from_a_config_to_a_proof(place: Path, trunk: str) -> None:
+    out, whole = place / trunk, trunk == "trained"
+    config = write_config(
+        place,
+        f"{trunk}.toml",
+        out=str(out),
+        method="cp",
+        options__tokens=3,
+        options__rank=2,
+        options__balance=0.01,
+        options__trunk=trunk,
+        options__loss="joint" if whole else "distillation",
+        evaluate__prompts=str(place / "prompts.jsonl"),
+        evaluate__new_tokens=8,
+    )
+    trained = run_commands([["train", config, "--dry-run", "--json"], ["train", config, "--json"]])
+    assert [o.code for o in trained] == [0, 0], [o.err for o in trained]
+    assert (json.loads(trained[0].out)["frozen_parameters"] == 0) == whole
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    facts = {key: value for line in log for key, value in line.items()}
+    assert {"joint", "conditional_1", "conditional_3", "usage_entropy"} <= facts.keys()
+    assert {"responsibility_2", "held_out_joint"} <= facts.keys()
+    assert facts["held_out_loss"] < next(x["held_out_loss"] for x in log if "held_out_loss" in x)
+    if not whole:
+        assert facts["held_out_decoded_as_before"] == 1.0
+
+    words: list[str | Path] = [
+        *("--model", out / "model" if whole else place / "model"),
+        *("--method", "cp", "--heads", out / "heads"),
+        *("--prompts", place / "prompts.jsonl", "--max-new-tokens", "12", "--json"),
+    ]
+    seen, verified, drawn = run_commands(
+        [
+            ["inspect", out / "heads", "--json"],
+            ["verify", *words, "--option", "tree=2x1"],
+            ["generate", *words, "--option", "acceptance=rejection", "--temperature", "0.7"],
+        ]
+    )
+    assert [o.code for o in (seen, verified, drawn)] == [0] * 3, [seen.err, verified.err, drawn.err]
+    assert json.loads(verified.out)["passed"]
+    summary = json.loads(seen.out)
+    assert summary["options"]["rank"] == 2
+    assert len(summary["record"]["accuracies"]) == 2
+    assert len(json.loads(drawn.out)["outputs"]) == 2
+
+
+def test_slips_are_refused_in_one_line(place: Path) -> None:
+    slips: dict[str, list[str | Path]] = {}
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"tokens": 1}, "tokens must be between 2 and 16"),
+        ({"rank": 0}, "rank must be between 1 and 64"),
+        ({"factor": -1}, "factor must be at least 0"),
+        ({"beta": 2.0}, "beta must be between 0 and 1"),
+        ({"gamma": 0.0}, "gamma must be over 0"),
+        ({"balance": -1.0}, "balance must be at least 0"),
+        ({"trunk": "trained"}, "say loss=joint"),
+        ({"ranks": 2}, "did you mean 'rank'"),
+    ]
+    for number, (options, words) in enumerate(cases):
+        named = {f"options__{name}": value for name, value in options.items()}
+        config = write_config(place, f"slip-{number}.toml", method="cp", **named)
+        slips[words] = ["train", config, "--dry-run"]
+    for (words, _), outcome in zip(slips.items(), run_commands(list(slips.values())), strict=True):
+        assert words in assert_refused(outcome)
+
+
+@pytest.mark.slow
+def test_the_programs_on_one_page(place: Path) -> None:
+    def run(program: str, *words: str | Path) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", program, *map(str, words)],
+            cwd=ROOT,
+            env=command_line.environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    shape, data = place / "shape.toml", ("--data", place / "texts-0.jsonl")
+    shape.write_text(
+        (ROOT / "configs/models/byte-6m.toml")
+        .read_text("utf-8")
+        .replace("num_layers = 7", "num_layers = 1"),
+        "utf-8",
+    )
+    assert "parameters" in run("train.fresh", "--shape", shape, "--out", place / "fresh")
+    size = ("--steps", "3", "--length", "48", "--rank", "2")
+    whole = place / "page-whole"
+    said = run("train.cp", "--model", place / "fresh", *data, "--out", whole, *size, "--trunk")
+    assert "step 3" in said
+    assert (whole / "heads" / "method.json").is_file()
+    assert (whole / "model" / "config.json").is_file()
+    heads = place / "page-heads"
+    assert "step 3" in run("train.cp", "--model", place / "model", *data, "--out", heads, *size)
+    words = ("--model", place / "model", "--heads", heads, "--token-ids", "5,6,7")
+    assert "tokens a pass" in run("infer.cp", *words, "--max-new-tokens", "12")

@@ -1,0 +1,66 @@
+"""A model of random weights that reads bytes, to be trained from nothing.
+
+    python -m train.fresh --shape configs/models/byte-6m.toml --out models/byte-6m
+
+The shape file says all but the weights; tokens are the 256 bytes and an end token.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+
+import mtd_jax as mtd
+from mtd_jax import parameters
+from mtd_jax.cli.arguments import Parser
+from mtd_jax.config import ModelConfig, read_shape
+from mtd_jax.convert.conversions import save_native
+from mtd_jax.convert.fingerprint import fingerprint
+from mtd_jax.decoding.language_model import LanguageModel
+from mtd_jax.tokenizer import Tokenizer
+from mtd_jax.transformer.model import declare
+
+END = "<|end|>"
+
+
+def byte_tokenizer(config: ModelConfig) -> Tokenizer:
+    """A token for every byte, and the end token behind them."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if config.vocab_size <= len(alphabet) or config.eos_token_ids != (len(alphabet),):
+        raise mtd.InputError(
+            f"a model of bytes has a vocabulary over {len(alphabet)} and eos_token_ids = "
+            f"[{len(alphabet)}], got {config.vocab_size} and {list(config.eos_token_ids)}"
+        )
+    backend = Backend(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END))
+
+
+def main() -> None:
+    """Draws the weights and writes the model."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", required=True, type=Path, metavar="FILE.toml")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    config = read_shape(args.shape)
+    tokenizer = byte_tokenizer(config)
+    params = parameters.initialize(declare(config), jax.random.key(args.seed))
+    source = f"random weights, seed {args.seed}"
+    save_native(LanguageModel(params, tokenizer, None, fingerprint(params), source), args.out)
+    print(f"{args.out}: {parameters.count(params):,} parameters")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (mtd.InputError, OSError) as error:
+        print(f"fresh.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
