@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-import mtd_jax as mtd
-from mtd_jax.cli.arguments import Parser
 from mtd_jax.config import CycleConfig
 from mtd_jax.convert.atomic import check_free
 from mtd_jax.convert.conversions import save_native
@@ -34,6 +30,7 @@ from mtd_jax.training.data import prepare
 from mtd_jax.transformer.losses import cross_entropy
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed
+from train.common import make_parser, run
 
 
 def loss(params: Parameters, batch: Packed) -> jax.Array:
@@ -59,13 +56,9 @@ def update(
 
 def main() -> None:
     """Trains for a number of steps and writes the model."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, metavar="PATH")
-    parser.add_argument("--data", required=True, metavar="FILE.jsonl")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser = make_parser(__doc__)
     parser.add_argument("--cycle", type=int, default=2, help="tokens of a cycle")
     parser.add_argument("--late", type=int, default=8, help="layers that run for every token")
-    parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     check_free(args.out)
 
@@ -73,7 +66,7 @@ def main() -> None:
     cycles = CycleConfig(early=0, late=args.late, cycle=args.cycle, anchor="prompt")
     config = dataclasses.replace(model.config, cycles=cycles)  # and with it every checkpoint
     params = model.params.replace(config=config)
-    data = DataConfig(train=(args.data,), length=256, batch_size=4)
+    data = DataConfig(train=(args.data,), length=args.length, batch_size=args.batch_size)
     cache = args.out.with_name(f"{args.out.name}.tokens")
     rows = prepare(data, model.tokenizer, config, seed=0, cache=cache).train
 
@@ -82,7 +75,9 @@ def main() -> None:
         optax.adamw(optax.cosine_decay_schedule(1e-4, args.steps), b1=0.9, b2=0.95),
     )
     moments = optimizer.init(params)
-    for number, batch in enumerate(islice(batches(rows, batch_size=4, seed=0), args.steps)):
+    for number, batch in enumerate(
+        islice(batches(rows, batch_size=args.batch_size, seed=0), args.steps)
+    ):
         params, moments, value = update(optimizer, params, moments, batch)
         print(f"step {number + 1}  loss {float(value):.4f}", flush=True)
 
@@ -92,8 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (mtd.InputError, OSError) as error:
-        print(f"dmtd.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main, "dmtd.py")

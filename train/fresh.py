@@ -7,20 +7,20 @@ The shape file says all but the weights; tokens are the 256 bytes and an end tok
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import jax
 
-import mtd_jax as mtd
 from mtd_jax import parameters
 from mtd_jax.cli.arguments import Parser
 from mtd_jax.config import ModelConfig, read_shape
 from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
 from mtd_jax.decoding.language_model import LanguageModel
+from mtd_jax.errors import InputError
 from mtd_jax.tokenizer import Tokenizer
 from mtd_jax.transformer.model import declare
+from train.common import run
 
 END = "<|end|>"
 
@@ -33,7 +33,7 @@ def byte_tokenizer(config: ModelConfig) -> Tokenizer:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if config.vocab_size <= len(alphabet) or config.eos_token_ids != (len(alphabet),):
-        raise mtd.InputError(
+        raise InputError(
             f"a model of bytes has a vocabulary over {len(alphabet)} and eos_token_ids = "
             f"[{len(alphabet)}], got {config.vocab_size} and {list(config.eos_token_ids)}"
         )
@@ -59,8 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (mtd.InputError, OSError) as error:
-        print(f"fresh.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main, "fresh.py")

@@ -10,17 +10,13 @@ long run needs (mtd_jax/training/loop.py), and measures how often the guesses ar
 
 from __future__ import annotations
 
-import sys
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-import mtd_jax as mtd
-from mtd_jax.cli.arguments import Parser
 from mtd_jax.convert.atomic import check_free
 from mtd_jax.convert.heads import save_heads
 from mtd_jax.convert.load import load_as_stored
@@ -32,6 +28,7 @@ from mtd_jax.training.data import prepare
 from mtd_jax.transformer.losses import divergence
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed
+from train.common import make_parser, run
 
 
 def loss(weights: Any, base: Parameters, batch: Packed, spec: HiddenTransferSpec) -> Any:
@@ -50,15 +47,9 @@ def loss(weights: Any, base: Parameters, batch: Packed, spec: HiddenTransferSpec
 
 def main() -> None:
     """Trains for a number of steps and writes the maps."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, metavar="PATH")
-    parser.add_argument("--data", required=True, metavar="FILE.jsonl")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser = make_parser(__doc__)
     parser.add_argument("--maps", type=int, default=3, metavar="K", help="places to guess")
     parser.add_argument("--layers", default="", help="where the maps stand: 14,16,18")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step")
     args = parser.parse_args()
     check_free(args.out)
     spec = HiddenTransferSpec(count=args.maps, layers=args.layers)
@@ -91,8 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (mtd.InputError, OSError) as error:
-        print(f"hidden_transfer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main, "hidden_transfer.py")

@@ -142,11 +142,7 @@ def make(
         raise InputError("acceptance=rejection tests chains: leave out tree, or say tree=chain")
     steps = 1 + max(t.max_depth for t in trees.trees)
     return CP(
-        costs=jnp.asarray(trees.costs),
-        expected=jnp.asarray(trees.expected),
-        trees=trees.trees,
-        acceptance="typical" if acceptance == "typical" else "exact",
-        auto=trees.auto,
+        **trees.fields("typical" if acceptance == "typical" else "exact"),
         weights=weights.first(steps),
         drawn=drawn,
         marginal=spec.trunk == "trained",

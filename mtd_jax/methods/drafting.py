@@ -31,12 +31,28 @@ _PUBLISHED = (0.56, 0.316, 0.201, 0.147, 0.118)
 
 
 class Trees(NamedTuple):
-    """The trees that a step may verify; fields of `RowDrafting`."""
+    """The trees that a step may verify."""
 
     trees: tuple[TokenTree, ...]
     expected: np.ndarray
     costs: np.ndarray
     auto: bool
+
+    @property
+    def depth(self) -> int:
+        """Places that heads are needed for; 1 where there are no drafts."""
+        return max(1, *(tree.max_depth for tree in self.trees))
+
+    def fields(self, acceptance: Acceptance) -> dict[str, Any]:
+        """Those of `TreeDrafting`."""
+        costs, expected = jnp.asarray(self.costs), jnp.asarray(self.expected)
+        return {
+            "costs": costs,
+            "expected": expected,
+            "trees": self.trees,
+            "acceptance": acceptance,
+            "auto": self.auto,
+        }
 
 
 class Known(struct.PyTreeNode):

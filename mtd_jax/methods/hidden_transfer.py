@@ -206,14 +206,9 @@ def make(
 ) -> HiddenTransfer:
     """The method with these weights; `methods.hidden_transfer` says what the options mean."""
     trees = choose_trees(tree, spec.depth, accuracies)
-    depth = max(1, *(t.max_depth for t in trees.trees))
     return HiddenTransfer(
-        costs=jnp.asarray(trees.costs),
-        expected=jnp.asarray(trees.expected),
-        trees=trees.trees,
-        acceptance=acceptance,
-        auto=trees.auto,
-        weights=weights.first(depth),
+        **trees.fields(acceptance),
+        weights=weights.first(trees.depth),
         spec=spec,
         pseudo=pseudo,
     )

@@ -171,14 +171,9 @@ def make(
 ) -> IndependentHeads:
     """The method with these weights; `methods.independent_heads` says what the options mean."""
     trees = choose_trees(tree, spec.depth, accuracies)
-    depth = max(1, *(t.max_depth for t in trees.trees))
     return IndependentHeads(
-        costs=jnp.asarray(trees.costs),
-        expected=jnp.asarray(trees.expected),
-        trees=trees.trees,
-        acceptance=acceptance,
-        auto=trees.auto,
-        heads=block.unstack(weights)[:depth],
+        **trees.fields(acceptance),
+        heads=block.unstack(weights)[: trees.depth],
     )
 
 

@@ -162,12 +162,7 @@ def make(
 ) -> Medusa:
     """The method with these weights; `methods.medusa` says what the options mean."""
     trees = choose_trees(tree, spec.depth, accuracies)
-    depth = max(1, *(t.max_depth for t in trees.trees))
     return Medusa(
-        costs=jnp.asarray(trees.costs),
-        expected=jnp.asarray(trees.expected),
-        trees=trees.trees,
-        acceptance=acceptance,
-        auto=trees.auto,
-        weights=weights.first(depth),
+        **trees.fields(acceptance),
+        weights=weights.first(trees.depth),
     )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import command_line
-from tests.support.command_line import ROOT, assert_refused, run_commands
+from tests.support.command_line import ROOT, assert_refused, printed_by, run_commands
 from tests.support.training import write_config, write_model, write_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -96,34 +93,28 @@ def test_slips_are_refused_in_one_line(place: Path) -> None:
 
 @pytest.mark.slow
 def test_the_programs_on_one_page(place: Path) -> None:
-    def run(program: str, *words: str | Path) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", program, *map(str, words)],
-            cwd=ROOT,
-            env=command_line.environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    shape, data = place / "shape.toml", ("--data", place / "texts-0.jsonl")
+    shape, plain = place / "shape.toml", place / "plain.jsonl"
+    lines = (place / "texts-0.jsonl").read_text("utf-8").splitlines(keepends=True)
+    plain.write_text("".join(line for line in lines if "text" in json.loads(line)), "utf-8")
+    data = ("--data", plain)  # bytes have no chat template
     shape.write_text(
         (ROOT / "configs/models/byte-6m.toml")
         .read_text("utf-8")
         .replace("num_layers = 7", "num_layers = 1"),
         "utf-8",
     )
-    assert "parameters" in run("train.fresh", "--shape", shape, "--out", place / "fresh")
-    size = ("--steps", "3", "--length", "48", "--rank", "2")
+    assert "parameters" in printed_by("train.fresh", "--shape", shape, "--out", place / "fresh")
+    size = (*data, "--steps", "3", "--length", "48", "--rank", "2")
     whole = place / "page-whole"
-    said = run("train.cp", "--model", place / "fresh", *data, "--out", whole, *size, "--trunk")
+    said = printed_by(
+        "train.cp", "--model", place / "fresh", *data, "--out", whole, *size, "--trunk"
+    )
     assert "step 3" in said
     assert (whole / "heads" / "method.json").is_file()
     assert (whole / "model" / "config.json").is_file()
     heads = place / "page-heads"
-    assert "step 3" in run("train.cp", "--model", place / "model", *data, "--out", heads, *size)
+    assert "step 3" in printed_by(
+        "train.cp", "--model", place / "model", *data, "--out", heads, *size
+    )
     words = ("--model", place / "model", "--heads", heads, "--token-ids", "5,6,7")
-    assert "tokens a pass" in run("infer.cp", *words, "--max-new-tokens", "12")
+    assert "tokens a pass" in printed_by("infer.cp", *words, "--max-new-tokens", "12")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import command_line
-from tests.support.command_line import ROOT, assert_refused, run_commands
+from tests.support.command_line import assert_refused, printed_by, run_commands
 from tests.support.training import write_config, write_model, write_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -105,25 +102,12 @@ def test_slips_are_refused_in_one_line(place: Path) -> None:
 @pytest.mark.slow
 def test_the_programs_on_one_page(place: Path) -> None:
     page = place / "page"
-    model, data = str(place / "model"), str(place / "texts-0.jsonl")
-
-    def ran(module: str, *words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", module, "--model", model, *words],
-            cwd=ROOT,
-            env=command_line.environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
+    model = ("--model", place / "model")
+    texts = ("--data", place / "texts-0.jsonl")
     few = ("--steps", "3", "--length", "48", "--layers", "1,2,2")
-    assert "step 3" in ran("train.hidden_transfer", "--data", data, "--out", str(page), *few)
+    assert "step 3" in printed_by("train.hidden_transfer", *model, *texts, "--out", page, *few)
     budget = ("--prompt", "the fox", "--max-new-tokens", "12")
-    drafted = ran("infer.hidden_transfer", "--heads", str(page), *budget)
-    (plain,) = run_commands([["generate", "--model", model, *budget, "--json"]])
+    drafted = printed_by("infer.hidden_transfer", *model, "--heads", page, *budget)
+    (plain,) = run_commands([["generate", *model, *budget, "--json"]])
     assert json.loads(plain.out)["outputs"][0]["text"] in drafted
     assert "tokens a pass" in drafted

@@ -68,6 +68,13 @@ def run_program(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def printed_by(module: str, *words: str | Path) -> str:
+    """What `python -m MODULE WORDS` prints; it must end well."""
+    done = run_program("-m", module, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def assert_refused(outcome: Outcome) -> str:
     """Exit code 2 and one line on stderr, which is returned."""
     assert outcome.code == 2, outcome
