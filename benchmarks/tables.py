@@ -237,6 +237,15 @@ def samples() -> str:
     return _markdown(["prompt", *names], rows)
 
 
+def cycles_tasks() -> str:
+    """Shares of right answers to tasks of lm-eval."""
+    rows = _result("cpu-dmtd-tasks")["rows"]
+    names = [(task, name) for task, found in rows[0]["tasks"].items() for name in found]
+    head = ["", *(f"{task}, {name.removesuffix(',none')}" for task, name in names)]
+    cells = ([row["label"], *(f"{row['tasks'][t][n]:.2f}" for t, n in names)] for row in rows)
+    return _markdown(head, cells)
+
+
 def _cell(text: str, limit: int = 300) -> str:
     text = " ".join(text.split()).replace("|", "\\|")
     return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} ..."
@@ -279,6 +288,7 @@ def cycles_places() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "corpus": corpus,
+    "cpu-dmtd-tasks": cycles_tasks,
     "cpu-layouts": layouts,
     "cpu-peers": peers,
     "cpu-ar": autoregressive,

@@ -44,10 +44,10 @@ the other, a short run each, and measured on held-out texts.
   mtd sweep hidden-transfer CONFIG.toml --out runs/sweep --steps 200 --layers 8,12-18
 
 The table shows, by layer, how often the first guess of each step was the base's own token, and the
-tokens that a pass would emit with the best tree of 16 nodes. The best layer of each step makes a
-good `layers` of a long run. In the directory: sweep.json, sweep.png (where matplotlib is), and a
-run for each layer, whose maps decode at once. A sweep that was stopped goes on where it was: what
-is trained is not trained again.
+tokens that a pass would emit with the best tree of 16 nodes. The best layers of each step are
+where to begin; maps at different layers were not tried together. In the directory: sweep.json,
+sweep.png (where matplotlib is), and a run for each layer, whose maps decode at once. A sweep that
+was stopped goes on where it was: what is trained is not trained again.
 """
 _MOST_BY_DEFAULT = 8
 _TREE = 16
