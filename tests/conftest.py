@@ -15,7 +15,8 @@ DEVICES = 8
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time of the tests was LLVM's, optimising programs that run a few times on tiny shapes;
 # without that they take 0.6 of it. What XLA makes of a program, its memory and its products are the
-# same. Commands in processes of their own inherit it (`command_line.environment`).
+# same. Commands in processes of their own inherit it; tests marked `optimized` are left out.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # The emitters that jax 0.10 began to use take twice the time of those before them; with 0.12 there
 # is no choice any more, and an unknown flag ends the process.
 EMITTERS = "--xla_cpu_use_fusion_emitters=false"
@@ -25,7 +26,6 @@ if not importlib.metadata.version("jaxlib").startswith("0.10."):
 # XLA ends the process after 40 seconds of that; here only pytest's limit counts.
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_backend_optimization_level=0",
         EMITTERS,
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={DEVICES}",
@@ -67,6 +67,15 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # The same examples in every run; compilation makes single examples slow, so there is no deadline.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+
+@pytest.fixture(autouse=True)
+def _optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that run their programs for long are quicker with optimised ones."""
+    plain = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", plain)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)

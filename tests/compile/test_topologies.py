@@ -42,7 +42,9 @@ tie_embeddings = {tied}
 
 
 def mtd_compile(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    # Programs for TPUs are compiled as they will be for them.
+    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    environment = {k: v for k, v in os.environ.items() if k not in ours}
     found = subprocess.run(
         [sys.executable, "-m", "mtd_jax.cli", "compile", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False,

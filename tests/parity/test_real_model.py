@@ -15,7 +15,12 @@ from mtd_jax.tokenizer import Tokenizer
 from tests.support import hf
 from tests.support.real import model_directory
 
-pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.optimized,
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 NEW_TOKENS = 128
 GAP = 1e-4

@@ -16,6 +16,8 @@ from mtd_jax.decoding.sampling import SamplingRows, log_probabilities
 from tests.support import heads, tiny
 
 ALPHA = 1e-4
+pytestmark = pytest.mark.optimized
+
 DRAWS = 51_200
 BATCH = 1024
 TOKENS = 4
