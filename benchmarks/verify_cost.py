@@ -52,7 +52,7 @@ class Rows(BaseMethod):
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Verifies rows without a draft on them, which costs what wrong drafts cost."""
         drafts = jnp.full((len(state.pending), self.rows - 1), -1, jnp.int32)
-        return verify_drafts(params, state, TokenTree.chain(self.rows - 1), drafts)
+        return verify_drafts(params, state, TokenTree.chain(self.rows - 1), drafts)[0]
 
 
 def measure(

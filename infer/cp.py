@@ -8,15 +8,13 @@ One pass verifies the drafts of the step before and leaves the row that the next
 
 from __future__ import annotations
 
-import argparse
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
 
 import mtd_jax as mtd
-from mtd_jax.decoding.requests import encode
+from mtd_jax.cli.page import encoded, prompt_parser, run, show
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.decoding.verify import walk
 from mtd_jax.methods import cp_mixture
@@ -52,12 +50,8 @@ def verify(
 
 def main() -> None:
     """Answers one prompt."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True)
+    parser = prompt_parser(__doc__)
     parser.add_argument("--heads", required=True, help="directory that `mtd train` wrote")
-    parser.add_argument("--prompt")
-    parser.add_argument("--token-ids", help="in place of --prompt: 5,6,7")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
 
     model = mtd.load(args.model)
@@ -66,10 +60,7 @@ def main() -> None:
         raise mtd.InputError(
             "this page decodes the model's own tokens, not the mixture's first ones"
         )
-    ids = args.token_ids and tuple(int(i) for i in args.token_ids.split(","))
-    prompt = mtd.Prompt("0", text=None if ids else args.prompt, token_ids=ids or None)
-    budget = args.max_new_tokens
-    request = encode(prompt, model.config, model.tokenizer, max_new_tokens=budget, chat=None)
+    request = encoded(model, args)
     text, passes = list(request.token_ids), 1
     start, end, stops = len(text), len(text) + request.budget, set(model.eos_token_ids)
     drafts = heads.options.get("tokens", 4)
@@ -82,15 +73,8 @@ def main() -> None:
         said, kept, row, cache = verify(model.params, cache, tokens)
         text += said[: int(kept) + 1].tolist()
         passes += 1
-    # What was accepted behind the budget or an end token does not count.
-    new = text[start : min([end] + [i + 1 for i in range(start, len(text)) if text[i] in stops])]
-    print(model.tokenizer.decode(new) if model.tokenizer is not None else new)
-    print(f"[{len(new)} tokens in {passes} passes: {len(new) / passes:.2f} tokens a pass]")
+    show(model, text, request, passes)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (mtd.InputError, ValueError, OSError) as error:
-        print(f"cp.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main, "cp.py")

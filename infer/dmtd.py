@@ -9,7 +9,6 @@ device, batches, samples, and knows early layers.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import mtd_jax as mtd
-from mtd_jax.decoding.requests import encode
+from mtd_jax.cli.page import encoded, prompt_parser, run
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, embed, extend, rows_behind, unembed
 from mtd_jax.transformer.stack import decode_range
@@ -34,13 +33,9 @@ def layers(
 
 def main() -> None:
     """Answers one prompt."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompt")
-    parser.add_argument("--token-ids", help="in place of --prompt: 5,6,7")
+    parser = prompt_parser(__doc__)
     parser.add_argument("--cycle", type=int, help="default: what the model was trained for")
     parser.add_argument("--late", type=int, help="default: what the model was trained for")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
 
     model = mtd.load(args.model)
@@ -55,10 +50,7 @@ def main() -> None:
     if notice is not None:
         print(f"dmtd.py: warning: {notice}", file=sys.stderr)
     first_late = config.num_layers - groups.late
-    ids = args.token_ids and tuple(int(i) for i in args.token_ids.split(","))
-    prompt = mtd.Prompt("0", text=None if ids else args.prompt, token_ids=ids or None)
-    budget = args.max_new_tokens
-    request = encode(prompt, config, model.tokenizer, max_new_tokens=budget, chat=None)
+    request = encoded(model, args)
     text, stops = list(request.token_ids), set(model.eos_token_ids)
     start, end = len(text), len(text) + request.budget
 
@@ -84,8 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (mtd.InputError, ValueError, OSError) as error:
-        print(f"dmtd.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main, "dmtd.py")

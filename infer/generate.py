@@ -9,13 +9,11 @@ parameters and state, so the loop around them is ours to write and to jit. The l
 
 from __future__ import annotations
 
-import sys
-
 import jax
 import jax.numpy as jnp
 
 import mtd_jax as mtd
-from mtd_jax.cli.arguments import Parser
+from mtd_jax.cli.page import make_parser, run
 from mtd_jax.decoding.method import DecodeState, Method, Requests
 from mtd_jax.decoding.requests import encode
 from mtd_jax.decoding.sampling import SamplingRows
@@ -38,7 +36,7 @@ def step(method: Method, params: Parameters, state: DecodeState) -> DecodeState:
 
 def main() -> None:
     """Answers one prompt."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -72,8 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (mtd.InputError, OSError) as error:
-        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main, "generate.py")

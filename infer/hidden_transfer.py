@@ -10,15 +10,13 @@ does it on the device, with trees, samples, batches, and a second schedule.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
 
 import mtd_jax as mtd
-from mtd_jax.decoding.requests import encode
+from mtd_jax.cli.page import encoded, prompt_parser, run, show
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.decoding.verify import Verdict, walk
 from mtd_jax.methods.transfer import HiddenTransferSpec, TransferWeights, Way
@@ -56,49 +54,35 @@ def verdict(rows: list[int], said: jax.Array) -> Verdict:
 
 def main() -> None:
     """Answers one prompt."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True)
+    parser = prompt_parser(__doc__)
     parser.add_argument("--heads", required=True)
-    parser.add_argument("--prompt")
-    parser.add_argument("--token-ids", help="in place of --prompt: 5,6,7")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
 
     model = mtd.load(args.model)
     heads = mtd.load_heads(args.heads, model)
     way = mtd.methods.spec_of(heads, HiddenTransferSpec).way(model.config)
-    ids = args.token_ids and tuple(int(i) for i in args.token_ids.split(","))
-    prompt = mtd.Prompt("0", text=None if ids else args.prompt, token_ids=ids or None)
-    budget = args.max_new_tokens
-    request = encode(prompt, model.config, model.tokenizer, max_new_tokens=budget, chat=None)
+    request = encoded(model, args)
     text, passes = list(request.token_ids), 1
     start, end, stops = len(text), len(text) + request.budget, set(model.eos_token_ids)
     slots = end + len(way.layers) + 1
     cache = KVCache.empty(model.config, 1, slots, model.params.embedding.dtype)
-    run = functools.partial(passed, model.params, heads.weights, way)
+    forward = functools.partial(passed, model.params, heads.weights, way)
 
-    said, guessed, cache = run(cache, jnp.array([text], jnp.int32))
+    said, guessed, cache = forward(cache, jnp.array([text], jnp.int32))
     cache = cache.commit(jnp.array([start], jnp.int32))
     text.append(int(said[-1]))
     guesses = guessed[-1].tolist()
     while len(text) < end and not stops & set(text[start:]):
         rows = [text[-1], *guesses]
-        said, guessed, cache = run(cache, jnp.array([rows], jnp.int32))
+        said, guessed, cache = forward(cache, jnp.array([rows], jnp.int32))
         found = verdict(rows, said)
         accepted = int(found.accepted[0])
         cache = cache.commit(found.accepted + 1)
         text += found.tokens[0, : accepted + 1].tolist()
         guesses = guessed[accepted].tolist()
         passes += 1
-    # What was accepted behind the budget or an end token does not count.
-    new = text[start : min([end] + [i + 1 for i in range(start, len(text)) if text[i] in stops])]
-    print(model.tokenizer.decode(new) if model.tokenizer is not None else new)
-    print(f"[{len(new)} tokens in {passes} passes: {len(new) / passes:.2f} tokens a pass]")
+    show(model, text, request, passes)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (mtd.InputError, ValueError, OSError) as error:
-        print(f"hidden_transfer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main, "hidden_transfer.py")

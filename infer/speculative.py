@@ -8,15 +8,13 @@ itself. `mtd_jax/methods/prompt_lookup.py` does it on the device, samples, batch
 
 from __future__ import annotations
 
-import argparse
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
 
 import mtd_jax as mtd
-from mtd_jax.decoding.requests import encode
+from mtd_jax.cli.page import encoded, prompt_parser, run, show
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.decoding.verify import Verdict, walk
 from mtd_jax.transformer.cache import KVCache
@@ -43,18 +41,11 @@ def verify(params: Parameters, cache: KVCache, rows: jax.Array) -> tuple[Verdict
 
 def main() -> None:
     """Answers one prompt."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompt")
-    parser.add_argument("--token-ids", help="in place of --prompt: 5,6,7")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser = prompt_parser(__doc__)
     args = parser.parse_args()
 
     model = mtd.load(args.model)
-    ids = args.token_ids and tuple(int(i) for i in args.token_ids.split(","))
-    prompt = mtd.Prompt("0", text=None if ids else args.prompt, token_ids=ids or None)
-    budget = args.max_new_tokens
-    request = encode(prompt, model.config, model.tokenizer, max_new_tokens=budget, chat=None)
+    request = encoded(model, args)
     text, passes = list(request.token_ids), 0
     start, end, stops = len(text), len(text) + request.budget, set(model.eos_token_ids)
     cache = KVCache.empty(model.config, 1, end + DRAFTS.size, model.params.embedding.dtype)
@@ -66,15 +57,8 @@ def main() -> None:
         verdict, cache = verify(model.params, cache, jnp.array([rows], jnp.int32))
         text += verdict.tokens[0, : int(verdict.accepted[0]) + 1].tolist()
         passes += 1
-    # What was accepted behind the budget or an end token does not count.
-    new = text[start : min([end] + [i + 1 for i in range(start, len(text)) if text[i] in stops])]
-    print(model.tokenizer.decode(new) if model.tokenizer is not None else new)
-    print(f"[{len(new)} tokens in {passes} passes: {len(new) / passes:.2f} tokens a pass]")
+    show(model, text, request, passes)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (mtd.InputError, ValueError, OSError) as error:
-        print(f"speculative.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main, "speculative.py")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 import mtd_jax as mtd
+from mtd_jax.cli import page
 from mtd_jax.cli.arguments import Parser
 from mtd_jax.convert.atomic import check_free
 from mtd_jax.convert.load import load_as_stored
@@ -35,8 +35,8 @@ class Step(NamedTuple):
 
 
 def make_parser(description: str | None) -> Parser:
-    """What every program is told; `description` is its docstring, of which the first line shows."""
-    parser = Parser(description=(description or "").split("\n\n")[0])
+    """What every program is told."""
+    parser = page.make_parser(description)
     parser.add_argument("--model", required=True, metavar="PATH")
     parser.add_argument("--data", required=True, metavar="FILE.jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
@@ -83,12 +83,3 @@ def trained(config: TrainConfig) -> Iterator[Step]:
             batch = jax.device_put(local, batch_sharding(mesh))
             state, measured = step(state, frozen, batch)
             yield Step(model, trainer.objective, state, frozen, measured)
-
-
-def run(main: Callable[[], None], name: str) -> None:
-    """Ends the process with one line where the input is wrong."""
-    try:
-        main()
-    except (mtd.InputError, OSError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

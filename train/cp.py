@@ -14,11 +14,12 @@ import dataclasses
 
 import jax
 
+from mtd_jax.cli.page import run
 from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
 from mtd_jax.convert.heads import save_heads
 from mtd_jax.training.heads import HeadsTraining
-from train.common import make_config, make_parser, run, trained
+from train.common import make_config, make_parser, trained
 
 
 def main() -> None:

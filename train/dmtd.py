@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtd_jax.cli.page import run
 from mtd_jax.config import CycleConfig
 from mtd_jax.convert.atomic import check_free
 from mtd_jax.convert.conversions import save_native
@@ -30,7 +31,7 @@ from mtd_jax.training.data import prepare
 from mtd_jax.transformer.losses import cross_entropy
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed
-from train.common import make_parser, run
+from train.common import make_parser
 
 
 def loss(params: Parameters, batch: Packed) -> jax.Array:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from mtd_jax import parameters
-from mtd_jax.cli.arguments import Parser
+from mtd_jax.cli.page import make_parser, run
 from mtd_jax.config import ModelConfig, read_shape
 from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
@@ -20,7 +20,6 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.errors import InputError
 from mtd_jax.tokenizer import Tokenizer
 from mtd_jax.transformer.model import declare
-from train.common import run
 
 END = "<|end|>"
 
@@ -45,7 +44,7 @@ def byte_tokenizer(config: ModelConfig) -> Tokenizer:
 
 def main() -> None:
     """Draws the weights and writes the model."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", required=True, type=Path, metavar="FILE.toml")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtd_jax.cli.page import run
 from mtd_jax.convert.atomic import check_free
 from mtd_jax.convert.heads import save_heads
 from mtd_jax.convert.load import load_as_stored
@@ -27,8 +28,8 @@ from mtd_jax.training.config import DataConfig
 from mtd_jax.training.data import prepare
 from mtd_jax.transformer.losses import divergence
 from mtd_jax.transformer.model import Parameters
-from mtd_jax.transformer.packed import Packed
-from train.common import make_parser, run
+from mtd_jax.transformer.packed import Packed, shifted
+from train.common import make_parser
 
 
 def loss(weights: Any, base: Parameters, batch: Packed, spec: HiddenTransferSpec) -> Any:
@@ -37,8 +38,7 @@ def loss(weights: Any, base: Parameters, batch: Packed, spec: HiddenTransferSpec
     total, right = jnp.float32(0), []
     for i in range(spec.count):
         wanted = batch.targets(i + 2)[1]
-        teacher = jnp.pad(x[:, i + 1 :], ((0, 0), (0, i + 1), (0, 0)))
-        found = divergence(base, pseudo[:, :, i], teacher, wanted, chunk=256)
+        found = divergence(base, pseudo[:, :, i], shifted(x, i + 1), wanted, chunk=256)
         share = jnp.maximum(wanted.sum(dtype=jnp.float32), 1.0)
         total = total + spec.decay**i * found["loss"] / share
         right.append(found["right"] / share)

@@ -9,9 +9,10 @@ adds what a long run needs (mtd_jax/training/loop.py), and measures how often th
 
 from __future__ import annotations
 
+from mtd_jax.cli.page import run
 from mtd_jax.convert.heads import save_heads
 from mtd_jax.training.heads import HeadsTraining
-from train.common import make_config, make_parser, run, trained
+from train.common import make_config, make_parser, trained
 
 
 def main() -> None:

@@ -14,9 +14,10 @@ import dataclasses
 
 import jax
 
+from mtd_jax.cli.page import run
 from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
-from train.common import make_config, make_parser, run, trained
+from train.common import make_config, make_parser, trained
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from flax import struct
 
 from mtd_jax.config import ModelConfig
-from mtd_jax.decoding.method import DecodeState, Requests
+from mtd_jax.decoding.method import DecodeState, Method, Requests
 from mtd_jax.decoding.prompt import first_state, read_prompt
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.cache import KVCache
@@ -42,6 +42,10 @@ class BaseMethod(struct.PyTreeNode, abc.ABC):
             raise InputError(
                 f"a prompt asks for a cycle of {min(cycles)}; {self.name} has no cycles"
             )
+        return None
+
+    def plain(self) -> Method | None:
+        """Plain decoding, mostly."""
         return None
 
     def read(

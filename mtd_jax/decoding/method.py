@@ -186,6 +186,9 @@ class Method(Protocol):
           InputError: it does not fit.
         """
 
+    def plain(self) -> Method | None:
+        """Whose greedy tokens it emits where it is lossless; None: plain decoding's."""
+
     def output(self, params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Logits of what is decoded, from the last layer's output; the model's own, mostly."""
 

@@ -141,9 +141,7 @@ def sample(
     greedy = _argmax(logits)
 
     def draw() -> jax.Array:
-        keys = jax.vmap(lambda data: typed(data, 0))(position_keys(rows, positions))
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
-        drawn = _argmax(_filtered(logits, rows) + noise)
+        drawn = _argmax(_noisy(logits, rows, positions))
         return jnp.where(rows.temperature > 0, drawn, greedy)
 
     # A branch, not a select: noise for a whole vocabulary costs as much as a layer on small models.
@@ -161,9 +159,8 @@ def candidates(
     """
 
     def noisy() -> jax.Array:
-        keys = jax.vmap(lambda data: typed(data, 0))(position_keys(rows, positions))
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
-        return jnp.where(rows.temperature[:, None] > 0, _filtered(logits, rows) + noise, logits)
+        drawn = _noisy(logits, rows, positions)
+        return jnp.where(rows.temperature[:, None] > 0, drawn, logits)
 
     scores = jax.lax.cond(jnp.any(rows.temperature > 0), noisy, lambda: logits)
     if count == 1:
@@ -177,6 +174,13 @@ def log_probabilities(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[
     one_hot = jnp.where(jax.nn.one_hot(best, logits.shape[-1], dtype=jnp.bool), 0.0, -jnp.inf)
     drawn = jax.nn.log_softmax(_filtered(logits, rows), axis=-1)
     return jnp.where(rows.temperature[:, None] > 0, drawn, one_hot.astype(jnp.float32))
+
+
+def _noisy(logits: jax.Array, rows: SamplingRows, positions: jax.Array) -> jax.Array:
+    """Scores whose greatest is a draw of the token for `positions` (Gumbel's trick)."""
+    keys = jax.vmap(lambda data: typed(data, 0))(position_keys(rows, positions))
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
+    return _filtered(logits, rows) + noise
 
 
 def _argmax(x: jax.Array) -> jax.Array:

@@ -50,18 +50,6 @@ def verify_drafts(
     drafts: Int[Array, "B drafts"],
     *,
     acceptance: Acceptance = "exact",
-) -> DecodeState:
-    """`verify_pass` for methods that have no use for what the pass computed."""
-    return verify_pass(params, state, tree, drafts, acceptance=acceptance)[0]
-
-
-def verify_pass(
-    params: Parameters,
-    state: DecodeState,
-    tree: TokenTree,
-    drafts: Int[Array, "B drafts"],
-    *,
-    acceptance: Acceptance = "exact",
     extend: Extend = extend,
     output: Output = unembed,
 ) -> tuple[DecodeState, Pass]:
@@ -91,19 +79,6 @@ def verify_pass(
 
 
 def verify_draws(
-    params: Parameters,
-    state: DecodeState,
-    drafts: Int[Array, "B T"],
-    count: Int[Array, " B"],
-    log_q: Float[Array, "B T V"],
-    *,
-    extend: Extend = extend,
-) -> DecodeState:
-    """`draws_pass` for methods that have no use for what the pass computed."""
-    return draws_pass(params, state, drafts, count, log_q, extend=extend)[0]
-
-
-def draws_pass(
     params: Parameters,
     state: DecodeState,
     drafts: Int[Array, "B T"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import time
@@ -140,14 +141,20 @@ def _key(model: LanguageModel, method: Any, batch_size: int, prompt_tokens: int)
         "dtype": str(model.params.embedding.dtype),
         "mesh": None if model.mesh is None else dict(model.mesh.shape),
         "method": method.name,
-        "sizes": method.sizes,
+        "program": _program(method),
         "batch": batch_size,
         "prompt": bucket_prompt(prompt_tokens),
-        **{name: str(getattr(method, name, "")) for name in ("skip", "pseudo", "spec")},
         "hardware": environment.hardware(),
         "jax": jax.__version__,
     }
     return json.dumps(parts, sort_keys=True)
+
+
+def _program(method: Any) -> str:
+    """A digest of what a method's program is compiled for: its settings, and the shapes it has."""
+    leaves, structure = jax.tree.flatten(method)
+    shapes = [(x.shape, str(x.dtype)) for x in map(jnp.asarray, leaves)]
+    return hashlib.sha256(f"{structure} {shapes}".encode()).hexdigest()
 
 
 def _read(cache: Path | None) -> dict[str, list[float]]:

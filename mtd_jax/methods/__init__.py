@@ -236,16 +236,8 @@ takes `chain`."""
 
 
 def reference(method: Method) -> Method:
-    """Whose greedy tokens a lossless method emits: plain decoding, mostly.
-
-    For DMTD cycles of one: late layers that get a sum are another model than plain ones. For CP
-    heads that were trained with their trunk, the mixture's first token.
-    """
-    if isinstance(method, DMTD):
-        return method.replace(cycle=1, lossless=False)
-    if isinstance(method, _cp.CP) and method.marginal:
-        return method.plain()
-    return autoregressive()
+    """Whose greedy tokens a lossless method emits: plain decoding, mostly (`Method.plain`)."""
+    return method.plain() or autoregressive()
 
 
 def make_method(name: str, options: Mapping[str, Any], heads: Heads | None = None) -> Method:

@@ -78,9 +78,8 @@ class Copying(BaseMethod):
             tree = self.tree if rows == self.tree.size else TokenTree.chain(rows - 1)
 
             def verified(state: DecodeState) -> DecodeState:
-                return verify_drafts(
-                    params, state, tree, drafts[:, : rows - 1], acceptance=self.acceptance
-                )
+                some, rule = drafts[:, : rows - 1], self.acceptance
+                return verify_drafts(params, state, tree, some, acceptance=rule)[0]
 
             return verified
 

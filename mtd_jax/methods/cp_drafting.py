@@ -18,7 +18,7 @@ from flax import struct
 
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.sampling import SamplingRows, candidates, log_probabilities
-from mtd_jax.decoding.speculative import draws_pass, verify_pass
+from mtd_jax.decoding.speculative import verify_drafts, verify_draws
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.errors import InputError
 from mtd_jax.methods import cp_mixture
@@ -44,8 +44,10 @@ class CP(TreeDrafting):
 
     name: ClassVar[str] = CPSpec.name
 
-    def plain(self) -> CP:
-        """The same without drafts: one token a step."""
+    def plain(self) -> CP | None:
+        """Where heads were trained with their trunk: the mixture's first token, a step each."""
+        if not self.marginal:
+            return None
         once = jnp.ones(1, jnp.float32)
         return self.replace(trees=(TokenTree.chain(0),), expected=0 * once, costs=once, auto=False)
 
@@ -67,15 +69,15 @@ class CP(TreeDrafting):
         known: Known = state.extra
         if tree.size == 1:
             nothing = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
-            state, seen = verify_pass(params, state, tree, nothing, output=self.output)
+            state, seen = verify_drafts(params, state, tree, nothing, output=self.output)
             return state.replace(extra=known.replace(row=seen.last_row))
         drafts, log_q = self.drafts(params, known.row, state, tree)
         if self.drawn:
             many = jnp.full_like(state.pending, tree.max_depth)
-            state, seen = draws_pass(params, state, drafts, many, log_q, output=self.output)
+            state, seen = verify_draws(params, state, drafts, many, log_q, output=self.output)
         else:
             rule = self.acceptance
-            state, seen = verify_pass(
+            state, seen = verify_drafts(
                 params, state, tree, drafts, acceptance=rule, output=self.output
             )
         return state.replace(extra=known.replace(row=seen.last_row))
@@ -114,7 +116,7 @@ class CP(TreeDrafting):
             tokens = found[:, parent, tree.rank[below]]
             on_tree = on_tree.at[:, below].set(tokens)
             seen = jnp.take_along_axis(table, tokens[:, None], axis=-1).swapaxes(1, 2)
-            log_pi = jax.nn.log_softmax(log_pi[:, parent] + seen, axis=-1)
+            log_pi = cp_mixture.told(log_pi[:, parent], seen)[1]
             if self.drawn:
                 drawn_from.append(_distribution(flat, rows))
         log_q = jnp.stack(drawn_from, axis=1) if drawn_from else jnp.zeros((batch, 0, vocab))

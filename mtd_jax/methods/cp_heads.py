@@ -37,7 +37,7 @@ from mtd_jax.transformer.losses import (
     summed_over_chunks,
 )
 from mtd_jax.transformer.model import Parameters, normed, project
-from mtd_jax.transformer.packed import Packed, frozen_rows
+from mtd_jax.transformer.packed import Packed, frozen_rows, shifted
 from mtd_jax.typing import Array, Bool, DTypeLike, Float, Initializer, Int
 
 _MOST_TOKENS = 16
@@ -172,10 +172,7 @@ class CPSpec(HeadsSpec):
         """
         config, distils = params.config, self.loss == "distillation"
         targets, real = self._targets(batch)
-        length = e.shape[1]
-        later = [
-            jnp.pad(e[:, s:], ((0, 0), (0, min(s, length)), (0, 0))) for s in range(self.tokens)
-        ]
+        later = [shifted(e, s) for s in range(self.tokens)] if distils else []
         teacher = jnp.stack(later, axis=2) if distils else ()
 
         def loss(weights: Any, e: Array, data: Any) -> Totals:
@@ -186,21 +183,19 @@ class CPSpec(HeadsSpec):
                 heads, target, real, teacher = part
                 log_p = heads.log_p(reader, e)[..., 0, :]
                 found = jnp.take_along_axis(log_p, target[..., None, None], axis=-1)[..., 0]
-                found = jnp.where(real[..., None], found, 0.0)
-                log_pi = jax.nn.log_softmax(log_pi, axis=-1)
-                nll = -jax.nn.logsumexp(log_pi + found, axis=-1)
-                kl = jnp.zeros_like(nll)
+                log_q, after = cp_mixture.told(log_pi, jnp.where(real[..., None], found, 0.0))
+                kl = jnp.zeros_like(log_q)
                 if distils:
                     wanted = jax.nn.log_softmax(project(jax.lax.stop_gradient(reader), teacher))
-                    log_q = cp_mixture.mixed(log_pi, log_p)
-                    kl = jnp.where(real, (jnp.exp(wanted) * (wanted - log_q)).sum(axis=-1), 0.0)
-                return log_pi + found, (nll, kl)
+                    gap = wanted - cp_mixture.mixed(log_pi, log_p)
+                    kl = jnp.where(real, (jnp.exp(wanted) * gap).sum(axis=-1), 0.0)
+                return after, (-log_q, kl)
 
             parts = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), data)
             log_pi, (nll, kl) = jax.lax.scan(step, own.log_w(e), (own.by_step(), *parts))
             real = data[1]
             learns, whole = real[..., 0], real[..., -1]
-            share = jnp.where(learns[..., None], jax.nn.softmax(log_pi, axis=-1), 0.0)
+            share = jnp.where(learns[..., None], jnp.exp(log_pi), 0.0)
             total = nll.sum()
             if distils:
                 decay = self.gamma ** jnp.arange(self.tokens, dtype=jnp.float32)[:, None, None]

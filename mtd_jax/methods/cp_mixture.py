@@ -18,32 +18,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mtd_jax.typing import Array, Bool, Float, Int, UInt32
+from mtd_jax.typing import Array, Bool, Float, Int
 
 
-def joint(
-    log_w: Float[Array, "*rows r"], found: Float[Array, "*rows r n"]
-) -> Float[Array, "*rows"]:
-    """log P(x_1 .. x_n), of `found[a, s]` = log P_a^(s)(x_s).
+def told(
+    log_pi: Float[Array, "*rows r"], found: Float[Array, "*rows r"]
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows r"]]:
+    """log q of one step's token, and log pi of the next step; `found[a]` = log P_a^(s)(x_s).
 
-    Steps that are left out (or 0 in `found`) are summed over: each of their factors sums to one.
+    Begun with log w, the log q of all steps add up to log P(x_1 .. x_n). A step that is left out
+    (0 in `found`) is summed over: its factor sums to one.
     """
-    return jax.nn.logsumexp(log_w + found.sum(axis=-1), axis=-1)
-
-
-def posteriors(
-    log_w: Float[Array, "*rows r"], found: Float[Array, "*rows r n"]
-) -> Float[Array, "*rows r steps"]:
-    """log pi^(1) .. log pi^(n+1): the experts before each step, and behind the last one."""
-    before = jnp.pad(jnp.cumsum(found, axis=-1), [(0, 0)] * (found.ndim - 1) + [(1, 0)])
-    return jax.nn.log_softmax(log_w[..., None] + before, axis=-2)
-
-
-def conditionals(
-    log_w: Float[Array, "*rows r"], found: Float[Array, "*rows r n"]
-) -> Float[Array, "*rows n"]:
-    """log q(x_s | x_1 .. x_{s-1}) of every step; their sum is `joint`."""
-    return jax.nn.logsumexp(posteriors(log_w, found)[..., :-1] + found, axis=-2)
+    both = log_pi + found
+    log_q = jax.nn.logsumexp(both, axis=-1)
+    return log_q, both - log_q[..., None]
 
 
 def mixed(
@@ -61,25 +49,7 @@ def seen(
 ) -> Float[Array, "*rows r"]:
     """log pi of the next step, once this step's token is known."""
     found = jnp.take_along_axis(log_p, tokens[..., None, None], axis=-1)[..., 0]
-    return jax.nn.log_softmax(log_pi + found, axis=-1)
-
-
-def draw(
-    log_w: Float[Array, "B r"], log_p: Float[Array, "B r n V"], keys: UInt32[Array, "B n 2"]
-) -> Int[Array, "B n"]:
-    """x_1 .. x_n drawn one after the other, exactly from the joint (ancestral sampling).
-
-    Args:
-      keys: data of a key for each token.
-    """
-    log_pi, tokens = log_w, []
-    for step in range(log_p.shape[2]):
-        log_q = mixed(log_pi, log_p[:, :, step])
-        typed = jax.random.wrap_key_data(keys[:, step], impl="threefry2x32")
-        token = jax.vmap(jax.random.categorical)(typed, log_q).astype(jnp.int32)
-        log_pi = seen(log_pi, log_p[:, :, step], token)
-        tokens.append(token)
-    return jnp.stack(tokens, axis=1)
+    return told(log_pi, found)[1]
 
 
 def balance(log_w: Float[Array, "*rows r"], counts: Bool[Array, "*rows"]) -> Float[Array, ""]:

@@ -127,6 +127,10 @@ class DMTD(BaseMethod):
             )
         return None
 
+    def plain(self) -> DMTD:
+        """Cycles of one: late layers that get a sum are another model than plain ones."""
+        return self.replace(cycle=1, lossless=False)
+
     def read(
         self,
         params: Parameters,
@@ -280,7 +284,7 @@ class DMTD(BaseMethod):
             none = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
             log_q = jnp.zeros((*none.shape, params.config.vocab_size), jnp.float32)
             nothing = jnp.zeros_like(state.pending)
-            return verify_draws(params, state, none, nothing, log_q, extend=all_heads)
+            return verify_draws(params, state, none, nothing, log_q, extend=all_heads)[0]
 
         def late_only(
             cache: KVCache, tokens: jax.Array, going: jax.Array
@@ -292,7 +296,7 @@ class DMTD(BaseMethod):
         state, drafts, count, log_q = draw_chain(
             params, state, late_only, self.cycle - 1, limit, never
         )
-        state = verify_draws(params, state, drafts, count, log_q, extend=all_heads)
+        state, _ = verify_draws(params, state, drafts, count, log_q, extend=all_heads)
         return state.replace(partial=count)
 
     def _walk(

@@ -7,6 +7,7 @@ from it: a few guesses for each of the next places, which a static tree combines
 from __future__ import annotations
 
 import abc
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +16,12 @@ import numpy as np
 from flax import struct
 
 from mtd_jax import backend
+from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.adaptive import Yields, best_tree_index, urgency
 from mtd_jax.decoding.base_method import BaseMethod
 from mtd_jax.decoding.method import DecodeState, Extend, Requests
-from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_pass
+from mtd_jax.decoding.prompt import read_prompt
+from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_drafts
 from mtd_jax.decoding.tree import TokenTree, build_tree
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.cache import KVCache
@@ -61,9 +64,13 @@ class Known(struct.PyTreeNode):
     row: Leaf
     """[B, W]: what `extend` put out at the token before the pending one."""
     yields: Yields
-    guesses: Any = None
-    """[B, depth, ranks] int32: candidates for the places behind the pending token; -1 is none.
-    Of `RowDrafting` alone."""
+
+
+class Guessed(Known):
+    """And what it guessed at the end of a step."""
+
+    guesses: Leaf
+    """[B, depth, ranks] int32: candidates for the places behind the pending token; -1 is none."""
 
 
 class TreeDrafting(BaseMethod):
@@ -132,10 +139,8 @@ class TreeDrafting(BaseMethod):
         before: Known = state.extra
         index = self.choice(before.yields, state)
 
-        def with_tree(tree: TokenTree) -> Any:
-            return lambda state: self.verified(params, state, tree)
-
-        state = in_place_switch(index, [with_tree(tree) for tree in self.trees], state)
+        passes = [functools.partial(self.verified, params, tree=tree) for tree in self.trees]
+        state = in_place_switch(index, passes, state)
         accepted = jnp.maximum(state.emitted_count - 1, 0)
         hoped = jnp.where(state.drafted > 0, self.expected[index], 0.0)
         yields = before.yields.after(accepted, hoped)
@@ -168,28 +173,50 @@ class RowDrafting(TreeDrafting):
         """How the rows of a tree (None: of a prompt) pass the layers."""
         return extend
 
+    def width(self, config: ModelConfig) -> int:
+        """W: of the rows that `walk` puts out, the last layer's output first."""
+        return config.hidden_size
+
+    def cached(self, config: ModelConfig) -> ModelConfig:
+        """The config whose layers leave keys and values; the model's own, mostly."""
+        return config
+
+    def read(
+        self,
+        params: Parameters,
+        tokens: Int[Array, "B P"],
+        lengths: Int[Array, " B"],
+        requests: Requests,
+        capacity: int,
+    ) -> tuple[Float[Array, "B W"], KVCache]:
+        """The prompts as `walk` has them pass the layers."""
+        width, walk = self.width(params.config), self.walk(None)
+        params = params.replace(config=self.cached(params.config))
+        return read_prompt(params, tokens, lengths, capacity, walk, width=width)
+
     def kept(
         self,
         params: Parameters,
         last: Float[Array, "B W"],
         cache: KVCache,
         requests: Requests,
-    ) -> Known:
+    ) -> Guessed:
         """What follows the first token, guessed from the prompt's last row."""
         known = super().kept(params, last, cache, requests)
-        return known.replace(guesses=self._guessed(params, last, cache))
+        guesses = self._guessed(params, last, cache)
+        return Guessed(row=known.row, yields=known.yields, guesses=guesses)
 
     def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
         """The guesses of the step before, on the tree."""
-        known: Known = state.extra
+        known: Guessed = state.extra
         drafts = known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
         rule, extend = self.acceptance, self.walk(tree)
-        state, seen = verify_pass(params, state, tree, drafts, acceptance=rule, extend=extend)
+        state, seen = verify_drafts(params, state, tree, drafts, acceptance=rule, extend=extend)
         return state.replace(extra=known.replace(row=seen.last_row))
 
     def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Guesses from the row that the newest token was drawn from."""
-        known: Known = state.extra
+        known: Guessed = state.extra
         wanted = jnp.bool(self.depth > 0)
         if self.sizes[0] == 1 and len(self.sizes) > 1:
             # Guesses for a step that verifies none would be made for nothing.

@@ -27,12 +27,10 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from mtd_jax.config import ModelConfig
-from mtd_jax.decoding.method import Extend, Requests
-from mtd_jax.decoding.prompt import read_prompt
+from mtd_jax.decoding.method import Extend
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.traffic import weight_bytes
 from mtd_jax.decoding.tree import TokenTree
@@ -42,7 +40,7 @@ from mtd_jax.parameters import size_in_bytes
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, embed, rows_behind, unembed
 from mtd_jax.transformer.stack import Skip, decode_range
-from mtd_jax.typing import Array, Bool, Float, Int
+from mtd_jax.typing import Array, Float, Int
 
 Schedule: TypeAlias = Literal["all", "accepted"]
 
@@ -75,20 +73,6 @@ class HiddenTransfer(RowDrafting):
         self._way(config)
         return super().check(config, cycles)
 
-    def read(
-        self,
-        params: Parameters,
-        tokens: Int[Array, "B P"],
-        lengths: Int[Array, " B"],
-        requests: Requests,
-        capacity: int,
-    ) -> tuple[Float[Array, "B W"], KVCache]:
-        """Beside the last layer's output also what the transfer layers were given."""
-        config = params.config
-        return read_prompt(
-            params, tokens, lengths, capacity, self.walk(None), width=self._width(config)
-        )
-
     def walk(self, tree: TokenTree | None) -> Extend:
         """As in any decoder; with `all` the nodes of a tree carry their pseudo rows along.
 
@@ -96,6 +80,11 @@ class HiddenTransfer(RowDrafting):
         """
         carries = self.pseudo == "all" and tree is not None and tree.size > 1
         return functools.partial(self._extend, carries=carries)
+
+    def width(self, config: ModelConfig) -> int:
+        """The last layer's output, what the transfer layers were given, and pseudo rows."""
+        carried = self.weights.count if self.pseudo == "all" else 0
+        return config.hidden_size * (1 + len(self._way(config).marks) + carried)
 
     def guesses(
         self, params: Parameters, row: Float[Array, "B W"], ranks: int, cache: KVCache
@@ -125,10 +114,6 @@ class HiddenTransfer(RowDrafting):
     def _way(self, config: ModelConfig) -> Way:
         return self.spec.way(config).first(self.weights.count)
 
-    def _width(self, config: ModelConfig) -> int:
-        carried = self.weights.count if self.pseudo == "all" else 0
-        return config.hidden_size * (1 + len(self._way(config).marks) + carried)
-
     def _extend(
         self,
         params: Parameters,
@@ -136,15 +121,11 @@ class HiddenTransfer(RowDrafting):
         tokens: Int[Array, "B T"],
         *,
         carries: bool,
-        ancestors: Bool[np.ndarray, "T T"] | None = None,
-        context: Int[Array, "B T"] | None = None,
-        active: Bool[Array, " B"] | None = None,
+        **options: Any,
     ) -> tuple[Float[Array, "B T W"], KVCache]:
         """`model.extend`, whose rows have behind them what `HiddenTransfer` says."""
         config, way, count = params.config, self._way(params.config), tokens.shape[1]
-        rows, slots = rows_behind(
-            config, cache, count, ancestors=ancestors, context=context, active=active
-        )
+        rows, slots = rows_behind(config, cache, count, **options)
         through = functools.partial(decode_range, config, params.blocks, rows=rows, slots=slots)
         x, cache = through(cache, embed(params, tokens), 0, way.marks[0])
         found: list[jax.Array] = []
@@ -162,7 +143,7 @@ class HiddenTransfer(RowDrafting):
         if carries and pseudo is not None:
             found.append(pseudo.reshape(*pseudo.shape[:2], -1))
         out = jnp.concatenate([x, *found], axis=-1)
-        return jnp.pad(out, ((0, 0), (0, 0), (0, self._width(config) - out.shape[-1]))), cache
+        return jnp.pad(out, ((0, 0), (0, 0), (0, self.width(config) - out.shape[-1]))), cache
 
     def _passed(
         self, params: Parameters, tapped: Float[Array, "B taps D"], cache: KVCache

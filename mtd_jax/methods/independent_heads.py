@@ -22,11 +22,9 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtd_jax.config import ModelConfig
-from mtd_jax.decoding.method import Extend, Requests
-from mtd_jax.decoding.prompt import read_prompt
+from mtd_jax.decoding.method import Extend
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.methods.drafting import RowDrafting, choose_trees
@@ -38,7 +36,7 @@ from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, declare, embed, normed, rows_behind, unembed
 from mtd_jax.transformer.packed import Packed, packed_rows
 from mtd_jax.transformer.stack import decode_range, frozen_range, train_stack
-from mtd_jax.typing import Array, Bool, Float, Int
+from mtd_jax.typing import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,7 @@ class IndependentHeadsSpec(RowHeadsSpec):
 
     def declare(self, config: ModelConfig) -> Block:
         """The heads as one stack of layers."""
-        return block.declare(dataclasses.replace(config, num_layers=self.count, **_NO_LAYERS))
+        return block.declare(_with_heads(config, self.count))
 
     def initial(self, base: Parameters, key: jax.Array) -> Block:
         """Copies of the last layer."""
@@ -104,19 +102,13 @@ class IndependentHeads(RowDrafting):
         output = math.prod(declare(params.config).embedding.shape) * params.embedding.itemsize
         return size_in_bytes(self.heads) + output
 
-    def read(
-        self,
-        params: Parameters,
-        tokens: Int[Array, "B P"],
-        lengths: Int[Array, " B"],
-        requests: Requests,
-        capacity: int,
-    ) -> tuple[Float[Array, "B W"], KVCache]:
-        """Beside the last layer's output also the heads'; all leave keys and values."""
-        config = params.config
-        deeper = params.replace(config=_with_heads(config, config.num_layers + len(self.heads)))
-        width = config.hidden_size * (1 + len(self.heads))
-        return read_prompt(deeper, tokens, lengths, capacity, self._extend, width=width)
+    def width(self, config: ModelConfig) -> int:
+        """The last layer's output and the heads'."""
+        return config.hidden_size * (1 + len(self.heads))
+
+    def cached(self, config: ModelConfig) -> ModelConfig:
+        """The heads leave keys and values too."""
+        return _with_heads(config, config.num_layers + len(self.heads))
 
     def walk(self, tree: TokenTree | None) -> Extend:
         """Through the heads too, on every tree: what is kept of it leaves keys and values."""
@@ -134,17 +126,12 @@ class IndependentHeads(RowDrafting):
         params: Parameters,
         cache: KVCache,
         tokens: Int[Array, "B T"],
-        *,
-        ancestors: Bool[np.ndarray, "T T"] | None = None,
-        context: Int[Array, "B T"] | None = None,
-        active: Bool[Array, " B"] | None = None,
+        **options: Any,
     ) -> tuple[Float[Array, "B T W"], KVCache]:
         """`model.extend`, with the heads' output behind the base's in every row."""
         base = cache.k.shape[0] - len(self.heads)
         config = _with_heads(params.config, cache.k.shape[0])
-        rows, slots = rows_behind(
-            config, cache, tokens.shape[1], ancestors=ancestors, context=context, active=active
-        )
+        rows, slots = rows_behind(config, cache, tokens.shape[1], **options)
 
         def through(
             blocks: Any, cache: KVCache, x: jax.Array, start: int, stop: int
@@ -175,9 +162,6 @@ def make(
         **trees.fields(acceptance),
         heads=block.unstack(weights)[: trees.depth],
     )
-
-
-_NO_LAYERS: dict[str, Any] = {"sliding_windows": None, "cycles": None}
 
 
 def _with_heads(config: ModelConfig, layers: int, first: int = 0) -> ModelConfig:

@@ -18,7 +18,7 @@ from mtd_jax.decoding.heads import HeadsSpec
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.losses import Totals, cross_entropy, divergence, mapped_over_chunks
 from mtd_jax.transformer.model import Parameters, project
-from mtd_jax.transformer.packed import Packed
+from mtd_jax.transformer.packed import Packed, shifted
 from mtd_jax.typing import Array, Float, Int
 
 _MOST_HEADS = 16
@@ -83,11 +83,10 @@ class RowHeadsSpec(HeadsSpec):
             targets, wanted = batch.targets(i + 2)
             reader = self.reader(weights, base, i)
             if self.loss == "distillation":
-                teacher = jnp.pad(h[:, i + 1 :], ((0, 0), (0, min(i + 1, h.shape[1])), (0, 0)))
                 found = divergence(
                     reader,
                     rows[..., i, :],
-                    teacher,
+                    shifted(h, i + 1),
                     wanted,
                     chunk=chunk,
                     normed=True,

@@ -104,7 +104,7 @@ class SelfSpeculative(BaseMethod):
 
         def plain(state: DecodeState) -> DecodeState:
             nothing = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
-            state = verify_drafts(params, state, TokenTree.chain(0), nothing)
+            state, _ = verify_drafts(params, state, TokenTree.chain(0), nothing)
             return state.replace(partial=jnp.zeros_like(state.partial))
 
         def drafted(state: DecodeState) -> DecodeState:
@@ -137,9 +137,8 @@ class SelfSpeculative(BaseMethod):
 
         def with_rows(rows: int) -> Any:
             def verified(state: DecodeState) -> DecodeState:
-                return verify_draws(
-                    params, state, drafts[:, : rows - 1], count, log_q[:, : rows - 1]
-                )
+                some = drafts[:, : rows - 1], count, log_q[:, : rows - 1]
+                return verify_draws(params, state, *some)[0]
 
             return verified
 

@@ -16,7 +16,7 @@ from mtd_jax.decoding.method import Method
 from mtd_jax.training.utilization import weights_in_products
 from mtd_jax.transformer.losses import Totals
 from mtd_jax.transformer.model import Parameters
-from mtd_jax.transformer.packed import Packed
+from mtd_jax.transformer.packed import Packed, shifted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +120,6 @@ def measured(
 
 def _hits(own: jax.Array, guesses: jax.Array, batch: Packed) -> dict[str, jax.Array]:
     """Sums over a batch: [k] or [k, ranks] float32."""
-
-    def shifted(x: jax.Array, by: int) -> jax.Array:
-        return jnp.pad(x[:, by:], ((0, 0), (0, min(by, x.shape[1]))))
-
     follows = shifted(batch.tokens, 1) == own
     goes_on = reached = jnp.ones_like(follows)
     sums: dict[str, list[jax.Array]] = {

@@ -12,9 +12,9 @@ from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.training.heads import HeadsTraining
 from mtd_jax.training.utilization import weights_in_products
 from mtd_jax.transformer.losses import Totals
-from mtd_jax.transformer.model import Parameters, embed, normed
-from mtd_jax.transformer.packed import Packed, packed_rows
-from mtd_jax.transformer.stack import Remat, train_stack
+from mtd_jax.transformer.model import Parameters, normed
+from mtd_jax.transformer.packed import Packed, packed_hidden
+from mtd_jax.transformer.stack import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,8 @@ class WholeTraining(HeadsTraining):
         """The mixture's, on rows that the backward pass goes through."""
         del frozen, key
         params, heads = trainable
-        config = params.config
-        rows = packed_rows(config, batch)
-        x, _ = train_stack(
-            config, params.blocks, embed(params, batch.tokens), rows=rows, remat=self.remat
-        )
-        e, chunk = normed(params, x), self.chunk_of(batch)
+        e = normed(params, packed_hidden(params, batch, remat=self.remat))
+        chunk = self.chunk_of(batch)
         return self.spec.mixture_loss(heads, params, e, batch, counts, chunk=chunk, frozen=False)
 
     def flops(self, trainable: Any, frozen: Any) -> float:

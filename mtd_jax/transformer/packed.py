@@ -39,15 +39,13 @@ class Packed(struct.PyTreeNode):
 
         It is not, where it lies in another document or behind the row's end.
         """
-        width = self.tokens.shape[1]
-        if ahead >= width:
-            return jnp.zeros_like(self.tokens), jnp.zeros_like(self.learn)
+        same = (self.segments == shifted(self.segments, ahead)) & (self.segments > 0)
+        return shifted(self.tokens, ahead), shifted(self.learn, ahead) & same
 
-        def shifted(x: Array) -> Array:
-            return jnp.pad(x[:, ahead:], [(0, 0), (0, ahead)])
 
-        same = (self.segments == shifted(self.segments)) & (self.segments > 0)
-        return shifted(self.tokens), shifted(self.learn) & same
+def shifted(x: Array, by: int) -> Array:
+    """Of an array [B, T, ...]: at every position what stands `by` places on; 0 behind the end."""
+    return jnp.pad(x[:, by:], [(0, 0), (0, min(by, x.shape[1]))] + [(0, 0)] * (x.ndim - 2))
 
 
 def unpacked(

@@ -139,16 +139,7 @@ def test_nothing_of_the_layers_is_stored() -> None:
         base = jax.eval_shape(lambda: tiny.params(config))
         spec = methods.make_spec("medusa", {})
         batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.tile(x, (8, 10)), _batch()))
-        weights = jax.eval_shape(spec.initial, base, jax.random.key(0))
-
-        def step(weights: Any, base: Any, batch: Any) -> Any:
-            counts = spec.counts(batch)
-            return jax.grad(lambda w: spec.training_loss(w, base, batch, counts, chunk=16)[0])(
-                weights
-            )
-
-        compiled: Any = jax.jit(step).lower(weights, base, batch).compile()
-        return int(compiled.memory_analysis().temp_size_in_bytes)
+        return heads.training_bytes(spec, base, batch, chunk=16)
 
     few, many = temporary(2), temporary(10)
     activations = 24 * 120 * tiny.CONFIG.hidden_size * 4  # of one layer: its input alone

@@ -72,17 +72,8 @@ def test_heads_begin_as_the_last_layer_and_one_is_stored_at_a_time() -> None:
     def temporary(count: int) -> int:
         spec = methods.make_spec("independent_heads", {"count": count})
         shapes = jax.eval_shape(lambda: tiny.params(CONFIG))
-        weights = jax.eval_shape(spec.initial, shapes, jax.random.key(0))
         batch = jax.eval_shape(lambda: heads.packed([[5] * 128] * 4))
-
-        def step(weights: Any, base: Any, batch: Any) -> Any:
-            counts = spec.counts(batch)
-            return jax.grad(lambda w: spec.training_loss(w, base, batch, counts, chunk=64)[0])(
-                weights
-            )
-
-        compiled: Any = jax.jit(step).lower(weights, shapes, batch).compile()
-        return int(compiled.memory_analysis().temp_size_in_bytes)
+        return heads.training_bytes(spec, shapes, batch, chunk=64)
 
     # What a head puts out stays for its loss, and its gradient: 2 rows a position each.
     rows = 4 * 128 * CONFIG.hidden_size * 4

@@ -8,20 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.command_line import ROOT, assert_refused, printed_by, run_commands
-from tests.support.training import write_config, write_model, write_texts
+from tests.support.training import write_config, write_place
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("cp-cli")
-    write_model(directory)
-    write_texts(directory)
-    prompts = [{"id": str(i), "prompt": text} for i, text in enumerate(("the fox", "a lazy dog"))]
-    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-    (directory / "prompts.jsonl").write_text(lines, encoding="utf-8")
-    return directory
+    return write_place(tmp_path_factory.mktemp("cp-cli"))
 
 
 @pytest.mark.parametrize("trunk", ["frozen", pytest.param("trained", marks=pytest.mark.slow)])

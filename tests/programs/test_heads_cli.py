@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command_line import assert_refused, printed_by, run_commands
-from tests.support.training import write_config, write_model, write_texts
+from tests.support.training import write_config, write_place
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -17,13 +17,7 @@ BUDGET = ("--max-new-tokens", "16")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("heads-cli")
-    write_model(directory)
-    write_texts(directory)
-    prompts = [{"id": str(i), "prompt": text} for i, text in enumerate(("the fox", "a lazy dog"))]
-    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-    (directory / "prompts.jsonl").write_text(lines, encoding="utf-8")
-    return directory
+    return write_place(tmp_path_factory.mktemp("heads-cli"))
 
 
 def test_from_a_config_to_a_speed(place: Path) -> None:

@@ -22,7 +22,7 @@ DRAWS = 51_200
 BATCH = 1024
 TOKENS = 4
 PROMPT = [3, 4, 5, 3, 4]
-SAMPLING = {"temperature": 1.5, "top_k": 3}
+SAMPLING: dict[str, Any] = {"temperature": 1.5, "top_k": 3}
 
 
 def _exact() -> dict[tuple[int, ...], float]:
@@ -33,7 +33,7 @@ def _exact() -> dict[tuple[int, ...], float]:
         longer: dict[tuple[int, ...], float] = {}
         texts = list(joint)
         logits = mtd.logits(model, [[*PROMPT, *text] for text in texts])[:, -1]
-        rows = SamplingRows.of([mtd.Sampling(**SAMPLING)] * len(texts))  # type: ignore[arg-type]
+        rows = SamplingRows.of([mtd.Sampling(**SAMPLING)] * len(texts))
         log_p = np.asarray(log_probabilities(jnp.asarray(logits), rows), np.float64)
         for text, row in zip(texts, log_p, strict=True):
             for token in np.flatnonzero(np.isfinite(row)):
@@ -65,10 +65,7 @@ def test_tokens_are_drawn_from_the_model(name: str, options: dict[str, Any]) -> 
     seen: dict[tuple[int, ...], int] = {}
     accepted = drafted = 0
     for first in range(0, DRAWS, BATCH):
-        samplings = [
-            mtd.Sampling(**SAMPLING, seed=seed)  # type: ignore[arg-type]
-            for seed in range(first, first + BATCH)
-        ]
+        samplings = [mtd.Sampling(**SAMPLING, seed=seed) for seed in range(first, first + BATCH)]
         done = mtd.generate(
             model,
             method,

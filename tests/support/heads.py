@@ -88,6 +88,20 @@ def fitted(
     return Heads(name, options, model.fingerprint, carry[0], record)
 
 
+def training_bytes(spec: HeadsSpec, base: Any, batch: Any, chunk: int) -> int:
+    """What a step's gradient keeps beside its arguments; of abstract arrays."""
+    weights = jax.eval_shape(spec.initial, base, jax.random.key(0))
+
+    def step(weights: Any, base: Any, batch: Any) -> Any:
+        counts = spec.counts(batch)
+        return jax.grad(lambda w: spec.training_loss(w, base, batch, counts, chunk=chunk)[0])(
+            weights
+        )
+
+    compiled: Any = jax.jit(step).lower(weights, base, batch).compile()
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
 def write(heads: Heads, directory: Path) -> Path:
     save_heads(heads, directory)
     return directory

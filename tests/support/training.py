@@ -41,6 +41,16 @@ def write_model(directory: Path, **changes: Any) -> Path:
     return directory / "model"
 
 
+def write_place(directory: Path, **changes: Any) -> Path:
+    """A model, texts for it, and two prompts (prompts.jsonl); returns the directory."""
+    write_model(directory, **changes)
+    write_texts(directory)
+    prompts = [{"id": str(i), "prompt": text} for i, text in enumerate(("the fox", "a lazy dog"))]
+    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    (directory / "prompts.jsonl").write_text(lines, encoding="utf-8")
+    return directory
+
+
 def write_texts(directory: Path, count: int = 60, seed: int = 0) -> Path:
     """Conversations and plain texts of different lengths; returns the file."""
     draw = random.Random(seed)

@@ -41,7 +41,32 @@ class _Mixture(NamedTuple):
     def joint(self) -> np.ndarray:
         """[outcomes]."""
         log_w = jnp.broadcast_to(self.log_w, (len(OUTCOMES), self.log_w.shape[0]))
-        return np.asarray(cp_mixture.joint(log_w, self.found))
+        return np.asarray(_joint(log_w, self.found))
+
+
+def _steps(log_w: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log q [..., n] of every step and log pi [..., r, n + 1], step by step as in training."""
+    log_q, log_pi = [], [log_w]
+    for step in range(found.shape[-1]):
+        own, after = cp_mixture.told(log_pi[-1], found[..., step])
+        log_q.append(own)
+        log_pi.append(after)
+    return jnp.stack(log_q, axis=-1), jnp.stack(log_pi, axis=-1)
+
+
+def _joint(log_w: jax.Array, found: jax.Array) -> jax.Array:
+    return _steps(log_w, found)[0].sum(axis=-1)
+
+
+def _drawn(log_w: jax.Array, log_p: jax.Array, keys: jax.Array) -> jax.Array:
+    """x_1 .. x_n one after the other (ancestral sampling)."""
+    log_pi, tokens = log_w, []
+    for step in range(STEPS):
+        log_q = cp_mixture.mixed(log_pi, log_p[:, :, step])
+        token = jax.vmap(jax.random.categorical)(keys[:, step], log_q).astype(jnp.int32)
+        log_pi = cp_mixture.seen(log_pi, log_p[:, :, step], token)
+        tokens.append(token)
+    return jnp.stack(tokens, axis=1)
 
 
 def _mixture(rank: int, seed: int = 0, scale: float = 2.0) -> _Mixture:
@@ -64,9 +89,8 @@ def test_it_is_a_distribution_and_the_oracles(rank: int) -> None:
 def test_the_chain_rule_gives_the_joint(rank: int) -> None:
     found = _mixture(rank)
     log_w = jnp.broadcast_to(found.log_w, (len(OUTCOMES), rank))
-    steps = cp_mixture.conditionals(log_w, found.found)
+    steps, log_pi = _steps(log_w, found.found)
     np.testing.assert_allclose(steps.sum(axis=-1), found.joint, rtol=1e-5, atol=1e-6)
-    log_pi = cp_mixture.posteriors(log_w, found.found)
     for row, outcome in enumerate(OUTCOMES[::7]):
         now = found.log_w
         for step in range(STEPS + 1):
@@ -91,9 +115,9 @@ def test_the_first_step_is_the_marginal() -> None:
     # A step that is left out, or whose factors are 1, is summed over.
     log_w = jnp.broadcast_to(found.log_w, (VOCAB, 3))
     table = found.log_p[:, 0].T[..., None]
-    np.testing.assert_allclose(np.exp(cp_mixture.joint(log_w, table)), marginal, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(_joint(log_w, table)), marginal, rtol=1e-5)
     padded = jnp.pad(table, ((0, 0), (0, 0), (0, 2)))
-    np.testing.assert_allclose(np.exp(cp_mixture.joint(log_w, padded)), marginal, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(_joint(log_w, padded)), marginal, rtol=1e-5)
 
 
 def test_rank_one_is_independent_heads() -> None:
@@ -120,9 +144,9 @@ def test_gradients_are_finite_where_weights_underflow() -> None:
         log_w = jax.nn.log_softmax(gate.astype(jnp.float32))
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         found = log_p[:, :, 0]
-        steps = cp_mixture.conditionals(log_w, found)
+        steps = _steps(log_w, found)[0]
         usage = cp_mixture.balance(log_w[None], jnp.ones(1, jnp.bool))
-        return -cp_mixture.joint(log_w, found) - steps.sum() + usage
+        return -_joint(log_w, found) - steps.sum() + usage
 
     # exp(-300) is 0 in float32, let alone the product of two such factors.
     gate = jnp.array([0.0, -300.0, 250.0], jnp.bfloat16)
@@ -138,9 +162,9 @@ def test_gradients_are_finite_where_weights_underflow() -> None:
 def test_draws_are_from_the_joint() -> None:
     found = _mixture(3, scale=1.0)
     log_w = jnp.broadcast_to(found.log_w, (DRAWS, 3))
-    keys = jax.random.key_data(jax.random.split(jax.random.key(9), (DRAWS, STEPS)))
+    keys = jax.random.split(jax.random.key(9), (DRAWS, STEPS))
     log_p = jnp.broadcast_to(found.log_p, (DRAWS, *found.log_p.shape))
-    drawn = np.asarray(jax.jit(cp_mixture.draw)(log_w, log_p, keys))
+    drawn = np.asarray(jax.jit(_drawn)(log_w, log_p, keys))
     place = (drawn * np.array([VOCAB**2, VOCAB, 1])).sum(axis=1)
     counts = np.bincount(place, minlength=VOCAB**STEPS)
     exact = oracle.table(*found.plain).reshape(-1)
