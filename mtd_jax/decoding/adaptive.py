@@ -12,10 +12,9 @@ from flax import struct
 
 from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 
-_PRIOR_ACCEPTED, _PRIOR_TRIED = 0.7, 1.0
 _FORGET = 0.96
 """A step's weight against the next one's: a text changes its ways about every 25 steps."""
-_HURRY = 16.0
+_HURRY = 8.0
 """Tokens: a row that is so far ahead of the last one counts a third of it."""
 _PRIOR_YIELD = 3.0
 """Drafts: a measurement on many texts is believed until about so many say otherwise."""
@@ -32,18 +31,21 @@ class AcceptanceRates(struct.PyTreeNode):
     """[B, kinds] float32"""
     tried: Leaf
     """[B, kinds] float32: drafts all of whose predecessors were accepted."""
+    prior: Leaf
+    """[B, kinds] float32: the share of right drafts that is believed in before any were tried."""
+    belief: float = struct.field(pytree_node=False)
+    """Tries that the prior counts as."""
 
     @classmethod
-    def empty(cls, batch: int, kinds: int) -> AcceptanceRates:
-        """Nothing known yet."""
-        zeros = jnp.zeros((batch, kinds), jnp.float32)
-        return cls(zeros, zeros)
+    def empty(cls, batch: int, prior: tuple[float, ...], belief: float) -> AcceptanceRates:
+        """Nothing known yet but the prior of each kind."""
+        zeros = jnp.zeros((batch, len(prior)), jnp.float32)
+        return cls(zeros, zeros, zeros + jnp.asarray([prior], jnp.float32), belief)
 
     def of(self, kind: Int[Array, " B"]) -> Float[Array, " B"]:
         """The chance that the next draft of a chain is accepted, for each row's kind of chain."""
-        accepted = jnp.take_along_axis(self.accepted, kind[:, None], axis=1)[:, 0]
-        tried = jnp.take_along_axis(self.tried, kind[:, None], axis=1)[:, 0]
-        return (accepted + _PRIOR_ACCEPTED) / (tried + _PRIOR_TRIED)
+        rates = (self.accepted + self.prior * self.belief) / (self.tried + self.belief)
+        return jnp.take_along_axis(rates, kind[:, None], axis=1)[:, 0]
 
     def after(
         self, kind: Int[Array, " B"], drafted: Int[Array, " B"], accepted: Int[Array, " B"]
@@ -56,7 +58,8 @@ class AcceptanceRates(struct.PyTreeNode):
             news = jnp.where(drafted > 0, count, 0).astype(jnp.float32)
             return (before * _FORGET).at[rows, kind].add(news)
 
-        return AcceptanceRates(add(self.accepted, accepted), add(self.tried, tried))
+        added = add(self.accepted, accepted), add(self.tried, tried)
+        return AcceptanceRates(*added, self.prior, self.belief)
 
 
 def urgency(active: Bool[Array, " B"], wanted: Int[Array, " B"]) -> Float[Array, " B"]:

@@ -17,6 +17,12 @@ from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.typing import Array, Float, Int
 
+_BY_LENGTH = (0.0, 0.2, 0.5, 0.55, 0.6, 0.7, 0.75)
+"""How often the token behind a match of so many tokens is right: counted in 193 greedy answers of
+SmolLM2-135M-Instruct to the recipes' prompts (0.23, 0.56, 0.59, 0.64, 0.71, 0.79), rounded down."""
+_BELIEF = 4.0
+"""Tries that they count as: a text says soon whether it repeats itself."""
+
 
 class Copying(BaseMethod):
     """A method whose drafts cost next to nothing; `propose` makes them.
@@ -63,7 +69,8 @@ class Copying(BaseMethod):
         requests: Requests,
     ) -> AcceptanceRates:
         """How often drafts of each length of match were right."""
-        return AcceptanceRates.empty(last.shape[0], self.longest + 1)
+        known = (*_BY_LENGTH, *[_BY_LENGTH[-1]] * self.longest)
+        return AcceptanceRates.empty(last.shape[0], known[: self.longest + 1], _BELIEF)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Copies drafts out of the text and verifies the number of them that pays."""

@@ -29,6 +29,8 @@ from mtd_jax.transformer.model import Parameters, extend
 from mtd_jax.transformer.stack import Skip
 from mtd_jax.typing import Array, Float, Int, Leaf
 
+_PRIOR = 0.7
+"""Share of drafts that are right where nobody has tried yet; it counts as one try."""
 _THRESHOLD_STEP = 0.01
 _THRESHOLD_SMOOTHING = 0.9
 _ACCEPTANCE_SMOOTHING = 0.5
@@ -89,7 +91,7 @@ class SelfSpeculative(BaseMethod):
         return _Adaptation(
             threshold=jnp.broadcast_to(self.threshold, (batch,)),
             acceptance=jnp.full(batch, self.target_acceptance, jnp.float32),
-            rates=AcceptanceRates.empty(batch, 1),
+            rates=AcceptanceRates.empty(batch, (_PRIOR,), belief=1.0),
         )
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:

@@ -102,8 +102,9 @@ def test_rates_follow_what_happens_and_forget_it() -> None:
         one = [jnp.array([x], jnp.int32) for x in (kind, drafted, accepted)]
         return rates.after(*one)
 
-    rates = AcceptanceRates.empty(1, 3)
+    rates = AcceptanceRates.empty(1, (0.5, 0.7, 0.7), 1.0)
     prior = rate(rates, 1)
+    assert rate(rates, 0) == 0.5
     for _ in range(5):
         rates = after(rates, 1, 3, 0)
     low = rate(rates, 1)
