@@ -122,6 +122,27 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     return True
 
 
+def plot_similarity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Cosine of pseudo and real rows by layer; `rows` of `benchmarks/transfer_rows.py`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for step in range(len(rows[0]["cosine"])):
+        known = [r for r in rows if r["cosine"][step] is not None]
+        values = [r["cosine"][step] for r in known]
+        axes.plot([r["layer"] for r in known], values, "o-", label=f"step {step + 1}", markersize=4)
+    axes.set(
+        title="pseudo and real rows, held-out texts",
+        xlabel="layers passed",
+        ylabel="mean cosine",
+        ylim=(0, 1),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
 def _axes() -> tuple[Any, Any]:
     """A figure with one diagram; None where matplotlib is not installed."""
     try:
