@@ -3,7 +3,8 @@ r"""Every training-free method beside plain decoding on many prompts: the same t
     python benchmarks/lossless.py --model models/smollm2-135m-instruct \
         --prompts benchmarks/prompts/smoke.jsonl --out benchmarks/results/cpu-lossless.json
 
-What `mtd verify` does, with plain decoding run once for all methods.
+What `mtd verify` does, with plain decoding run once for all methods, in the same batches (`mtd
+verify` reads every prompt alone).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def relative_step_cost(rows: int) -> float:
     same time; what it pays is mostly attention and the host.
     """
     if jax.default_backend() == "cpu":
-        return 1.0 + 0.15 * (rows > 1) + 0.03 * (rows - 1)
+        return 1.0 + 0.22 * (rows > 1) + 0.05 * (rows - 1)
     return 1.0 + 0.003 * (rows - 1)
 
 

@@ -66,7 +66,8 @@ def add_parser(commands: arguments.Subparsers) -> None:
     parser.add_argument(
         "--auto",
         action="store_true",
-        help="let methods choose their number of drafts (0 included) by costs measured now",
+        help="measure what steps cost now, and show it; methods with drafts=auto choose their "
+        "number of drafts by it, 0 included",
     )
     parser.add_argument(
         "--ignore-eos", action="store_true", help="decode the whole budget for every prompt"

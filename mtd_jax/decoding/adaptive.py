@@ -132,6 +132,7 @@ def best_tree_index(
     costs: Float[Array, " trees"],
     ratio: Float[Array, " B"],
     weight: Float[Array, " B"],
+    wanted: Int[Array, " B"],
 ) -> Int[Array, ""]:
     """Index of the tree that emits most tokens a second; of equals the first.
 
@@ -140,8 +141,10 @@ def best_tree_index(
       costs: seconds of a step with it, in any unit.
       ratio: accepted drafts for each expected one (`Yields.ratio`).
       weight: what a token of each row counts (`urgency`).
+      wanted: tokens that each row may still emit.
     """
     tokens = 1.0 + expected[:, None] * ratio[None, :]
+    tokens = jnp.minimum(tokens, wanted.astype(jnp.float32)[None, :])
     return _best(tokens, costs, weight)
 
 

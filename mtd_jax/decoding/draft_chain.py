@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.penalties import penalized
-from mtd_jax.decoding.sampling import log_probabilities, sample
+from mtd_jax.decoding.sampling import drafting_rows, log_probabilities, sample
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, unembed
 from mtd_jax.typing import Array, Bool, Float, Int
@@ -40,6 +40,9 @@ def draw_chain(
     """
     batch, vocab = state.pending.shape[0], params.config.vocab_size
     length, sampling = state.cache.length, state.requests.sampling
+    drawing = drafting_rows(sampling, length)
+    # The pass itself emits one: of the last token wanted nothing is drafted.
+    limit = jnp.minimum(limit, state.requests.budget - 1)
     any_sampled = jnp.any(sampling.temperature > 0)
 
     def unfinished(carry: Any) -> Bool[Array, ""]:
@@ -52,7 +55,7 @@ def draw_chain(
         here = cache.replace(length=length + done)
         x, written = draft(here, jnp.maximum(newest, 0)[:, None], going)
         logits = penalized(unembed(params, x), sampling, state.history, drafts[:, None])[:, 0]
-        token = sample(logits, sampling, length + done + 1)
+        token = sample(logits, drawing, length + done + 1)
         # Only draws need it later; a branch, because it is a pass over the vocabulary.
         q = jax.lax.cond(
             any_sampled,

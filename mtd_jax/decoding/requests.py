@@ -11,12 +11,24 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mtd_jax.config import ModelConfig
-from mtd_jax.errors import InputError, nearest, unknown_name
+from mtd_jax.decoding.sampling import Sampling
+from mtd_jax.errors import InputError, nearest
 from mtd_jax.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 256
-_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
+_SAMPLING_KEYS = (*(field.name for field in dataclasses.fields(Sampling)), "stop")
+# What other engines take; a request that asks for it must not be answered as if it had not.
+_NOT_OFFERED = (
+    "best_of",
+    "grammar",
+    "length_penalty",
+    "logit_bias",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "response_format",
+    "typical_p",
+)
 _LINE_KEYS = ("id", "prompt", "messages", "token_ids", "max_new_tokens", "category", "cycle")
 
 
@@ -199,9 +211,12 @@ def _from_object(value: Mapping[str, Any], index: int) -> Prompt:
         if key in _SAMPLING_KEYS:
             flag = key.replace("_", "-")
             raise InputError(f"'{key}' is no key of a prompt: sampling is set by flags (--{flag})")
+        if key in _NOT_OFFERED:
+            raise InputError(f"'{key}' is not offered")
         # Files carry notes of their own; only what looks like a slip of the pen is refused.
-        if key not in _LINE_KEYS and nearest(str(key), _LINE_KEYS):
-            raise unknown_name("key", str(key), _LINE_KEYS)
+        slip = nearest(str(key), _LINE_KEYS) or nearest(str(key), _SAMPLING_KEYS, cutoff=0.8)
+        if key not in _LINE_KEYS and slip:
+            raise InputError(f"unknown key '{key}'{slip}")
     text, messages, ids = value.get("prompt"), value.get("messages"), value.get("token_ids")
     budget, cycle = value.get("max_new_tokens"), value.get("cycle")
     if text is not None and not isinstance(text, str):

@@ -19,6 +19,8 @@ from flax import struct
 from mtd_jax.errors import InputError
 from mtd_jax.typing import Array, Float, Int, Leaf, UInt32
 
+_DRAFTING = 2**31 - 1
+"""Folded into a seed where a position would be: no text is so long."""
 _ARGMAX_BLOCK = 256
 
 
@@ -132,6 +134,19 @@ def typed(data: jax.Array, *uses: int) -> jax.Array:
     for use in uses:
         key = jax.random.fold_in(key, use)
     return key
+
+
+def drafting_rows(rows: SamplingRows, lengths: Int[Array, " B"]) -> SamplingRows:
+    """The same rows with a key for the drafts of one step, which begins behind so many tokens.
+
+    What a discarded draft was may decide how many are drafted later. If the noise of its position
+    were used again there, those would no longer be draws from their distribution.
+    """
+
+    def own(key: jax.Array, length: jax.Array) -> jax.Array:
+        return jax.random.key_data(jax.random.fold_in(typed(key, _DRAFTING), length))
+
+    return rows.replace(key=jax.vmap(own)(rows.key, lengths))
 
 
 def sample(

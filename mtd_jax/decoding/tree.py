@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -208,30 +208,6 @@ def build_tree(accuracies: np.ndarray, nodes: int) -> TokenTree:
         own = float(accuracies[len(path) - 1, path[-1]])
         offer((*path[:-1], path[-1] + 1), -chance / own)
     return TokenTree.from_paths(chosen)
-
-
-def best_tree(
-    accuracies: np.ndarray,
-    step_seconds: Callable[[int], float],
-    draft_seconds: Callable[[TokenTree], float] = lambda _: 0.0,
-    max_nodes: int = 64,
-) -> TokenTree:
-    """The tree that emits most tokens a second; of the root alone if drafting does not pay.
-
-    Args:
-      accuracies: as in `TokenTree.expected_tokens`.
-      step_seconds: what a forward pass of so many rows costs on this machine.
-      draft_seconds: what making the drafts of a tree costs.
-      max_nodes: the largest tree to consider, at least 1.
-    """
-    candidates = {build_tree(accuracies, nodes) for nodes in range(1, max(max_nodes, 1) + 1)}
-
-    def speed(tree: TokenTree) -> tuple[float, int]:
-        drafting = draft_seconds(tree) if tree.size > 1 else 0.0
-        seconds = step_seconds(tree.size) + drafting
-        return tree.expected_tokens(accuracies) / seconds, -tree.size
-
-    return max(candidates, key=speed)
 
 
 def _checked(accuracies: np.ndarray) -> np.ndarray:

@@ -26,6 +26,16 @@ BASELINE = "ar"
 _SLOWER = 0.98
 """Below this a method is called slower; in between, the machine's noise decides."""
 
+_OF_REQUESTS = (
+    "tokens",
+    "seconds",
+    "tokens_per_forward",
+    "mean_acceptance_length",
+    "num_spec_steps",
+    "num_accepted_draft_tokens",
+    "num_draft_tokens",
+)
+
 Runs = Mapping[str, list[list[Completion]]]
 """By method: its completions of all prompts, for every repeat."""
 
@@ -48,13 +58,16 @@ class Row:
     roofline_share: float
     """Bytes that decoding must read, per second, over the bandwidth."""
     identical_to_ar: bool | None
-    """Token for token on every prompt; None without ar in the run."""
+    """Token for token on every prompt; None without ar in the run, and where answers differ that
+    are drawn: a method may draw otherwise from the same distribution."""
     lossless: bool
     """By the method's construction."""
     verdict: str
     """`faster`, `as fast`, `slower` than ar; empty without ar, or where nothing was decoded."""
     by_category: dict[str, dict[str, Any]]
     """speedup_vs_ar and acceptance of the prompts of each category, where prompts have one."""
+    requests: list[dict[str, Any]]
+    """Of the first repeat, each prompt alone."""
     compile_seconds: float
     """Of the warm-up; in none of the speeds."""
     metrics: Metrics
@@ -122,9 +135,10 @@ def bench(
                 for label in made:
                     runs[label][-1] += decode(label, part, f"run {repeat + 1}/{repeats}")
             bandwidth = max(bandwidth, memory_bandwidth())
+        drawn = sampling.temperature > 0
         for label, method in made.items():
             compiled = total([c.metrics for c in warm[label]], batch_size).compile_seconds
-            rows.append(_row(label, method, batch_size, runs, known, compiled))
+            rows.append(_row(label, method, batch_size, runs, known, compiled, drawn))
     # Simulated CPU devices share one memory; others bring their own.
     if model.mesh is not None and jax.default_backend() != "cpu":
         bandwidth *= model.mesh.size
@@ -156,6 +170,7 @@ def _row(
     runs: Runs,
     prompts: Sequence[Prompt],
     compile_seconds: float,
+    drawn: bool,
 ) -> Row:
     totals = [total([c.metrics for c in run], batch_size) for run in runs[label]]
     speeds = [m.tokens_per_second for m in totals]
@@ -165,6 +180,7 @@ def _row(
     if BASELINE in runs:
         speedup = _speedup(runs, label, batch_size)
         identical = _tokens(runs[label][0]) == _tokens(runs[BASELINE][0])
+        identical = None if drawn and not identical else identical
         if speedup is not None:
             verdict = "faster" if speedup > 1 / _SLOWER else "as fast"
             verdict = "slower" if speedup < _SLOWER else verdict
@@ -180,9 +196,15 @@ def _row(
         lossless=method.lossless,
         verdict=verdict,
         by_category=_by_category(runs, label, batch_size, prompts),
+        requests=[_request(c) for c in runs[label][0]],
         compile_seconds=compile_seconds,
         metrics=totals[0],
     )
+
+
+def _request(completion: Completion) -> dict[str, Any]:
+    metrics = completion.metrics.to_dict()
+    return {"id": completion.id} | {name: metrics[name] for name in _OF_REQUESTS}
 
 
 def _by_category(

@@ -37,8 +37,10 @@ def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = {r["batch_size"]: r["speedup_vs_ar"] for r in rows if r["method"] == method}
         known = [size for size in sizes if mine.get(size) is not None]
+        lossless = all(row["lossless"] for row in rows if row["method"] == method)
+        label = method if lossless else f"{method} (lossy)"
         left.plot(
-            [sizes.index(s) for s in known], [mine[s] for s in known], marker="o", label=method
+            [sizes.index(s) for s in known], [mine[s] for s in known], marker="o", label=label
         )
     left.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
     left.set(title="speed-up over ar", xlabel="batch size", ylabel="x", ylim=(0, None))

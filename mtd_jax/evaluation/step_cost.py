@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,8 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method, Requests
 from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
-from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment
-from mtd_jax.methods import ngram
 
 _ROUNDS = 4
 _TRIALS = 5
@@ -100,32 +97,6 @@ def measure(
                 jax.block_until_ready(output)
                 best[i] = min(best[i], (time.perf_counter() - began) / _ROUNDS)
     return best
-
-
-def step_seconds(
-    model: LanguageModel,
-    rows: Sequence[int] = (1, 4, 8, 16, 32, 64),
-    *,
-    batch_size: int = 1,
-    prompt_tokens: int = 64,
-) -> Callable[[int], float]:
-    """Seconds of a verifying step by its rows, measured now: what `tree.best_tree` asks for.
-
-    Between the measured counts the cost is interpolated; beyond the last one it grows as before.
-    """
-    counts = sorted({1, *rows})
-    chain = TokenTree.chain(counts[-1] - 1)
-    method = ngram(drafts=1).replace(
-        tree=chain, sizes=tuple(counts), costs=jnp.ones(len(counts), jnp.float32)
-    )
-    costs = measure(model, method, batch_size=batch_size, prompt_tokens=prompt_tokens)
-    slope = (costs[-1] - costs[0]) / max(counts[-1] - 1, 1)
-
-    def seconds(count: int) -> float:
-        beyond = max(count - counts[-1], 0)
-        return float(np.interp(count, counts, costs)) + beyond * max(slope, 0.0)
-
-    return seconds
 
 
 def _forcing(sizes: int) -> np.ndarray:

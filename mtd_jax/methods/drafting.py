@@ -149,8 +149,9 @@ class TreeDrafting(BaseMethod):
 
     def choice(self, yields: Yields, state: DecodeState) -> Int[Array, ""]:
         """Which of `trees` pays for the rows that are active."""
-        weight = urgency(state.active, state.requests.budget)
-        return best_tree_index(self.expected, self.costs, yields.ratio(), weight)
+        wanted = state.requests.budget
+        weight = urgency(state.active, wanted)
+        return best_tree_index(self.expected, self.costs, yields.ratio(), weight, wanted)
 
 
 class RowDrafting(TreeDrafting):

@@ -65,5 +65,7 @@ def layer_numbers(name: str, text: str) -> frozenset[int]:
         ends = first, last if dash else first
         if not all(end.isdecimal() and len(end) < 6 for end in ends):
             raise InputError(f"{name} takes layer numbers like 3,8,10-14, got '{part[:40]}'")
+        if int(ends[0]) > int(ends[1]):
+            raise InputError(f"{name}: a range begins with its smaller number, got '{part[:40]}'")
         found.update(range(int(ends[0]), int(ends[1]) + 1))
     return frozenset(found)

@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ngram": {},
     "ngram:chain": {"drafts": 4},
     "ngram:tree": {"branches": "3x2x1"},
-    "prompt_lookup": {"drafts": 5},
+    "prompt_lookup": {},
     "self_speculative": {"skip_attention": "1", "drafts": 4},
     "self_speculative:auto": {"skip_mlp": "0", "skip_attention": "2"},
     "independent_heads": {},
@@ -59,6 +59,8 @@ PROMPTS = [
     [96],
 ]
 BUDGET = 40
+# Tokens from the middle of answers, that drafts are accepted of and behind.
+ENDS = (41, 20, 34, 38, 74)
 TIE = 1e-4
 
 
@@ -129,8 +131,13 @@ def _logits(label: str, text: list[int], prompt: int) -> np.ndarray:
     return dmtd_oracle.logits(params, text, places, early=1, late=1)[-1]
 
 
-def _same(found: list[Completion], expected: list[Completion], label: str = "ar") -> None:
-    for prompt, ours, plain in zip(PROMPTS, found, expected, strict=True):
+def _same(
+    found: list[Completion],
+    expected: list[Completion],
+    label: str = "ar",
+    prompts: list[list[int]] = PROMPTS,
+) -> None:
+    for prompt, ours, plain in zip(prompts, found, expected, strict=True):
         assert ours.finish_reason == plain.finish_reason
         if ours.token_ids == plain.token_ids:
             continue
@@ -153,16 +160,23 @@ def _greedy_tokens_are_the_same(label: str, method: Any, batch_size: int) -> Non
 
 
 def _an_end_token_inside_a_draft_ends_the_row(label: str, method: Any, batch_size: int) -> None:
-    """A token from the middle of answers, where drafts are accepted, becomes the end token."""
+    """It is accepted with drafts behind it, in some row, and those are not emitted."""
     values = {f.name: getattr(_model(), f.name) for f in dataclasses.fields(LanguageModel)}
     model = _Ending(**values)
-    type(model).stop_id = _plain(label)[1].token_ids[17]
-    expected = _decode(_reference(label), 1, model)
-    assert any(2 < len(c.token_ids) < BUDGET for c in expected)
-    found = _decode(method, batch_size, model)
-    _same(found, expected, label)
-    for completion in found:
-        assert model.stop_id not in completion.token_ids[:-1]
+    # Methods that copy can draft an end token only if it stands in the prompt.
+    known = 14 if label.split(":")[0] in ("ngram", "prompt_lookup") else 0
+    pairs = zip(PROMPTS, _plain(label), strict=True)
+    prompts = [[*prompt, *plain.token_ids[:known]] for prompt, plain in pairs]
+    cut = 0
+    for stop_id in ENDS:
+        type(model).stop_id = stop_id
+        expected = _decode(_reference(label), 1, model, prompts=prompts)
+        found = _decode(method, batch_size, model, prompts=prompts)
+        _same(found, expected, label, prompts)
+        cut += sum(c.metrics.forwards + c.metrics.accepted > len(c.token_ids) for c in found)
+        if cut or label in UNTRAINED:
+            break
+    assert cut or label in UNTRAINED
 
 
 def _budgets_are_kept(label: str, method: Any, batch_size: int) -> None:
@@ -274,9 +288,8 @@ def test_metrics_add_up() -> None:
         assert len(metrics.histogram) == 5
         assert facts["num_spec_steps"] == sum(metrics.histogram) <= metrics.forwards - 1
         assert facts["num_accepted_draft_tokens"] <= facts["num_draft_tokens"]
-        # Emitted: one token a pass, and what was accepted; the budget cuts the last step.
-        emitted = metrics.forwards + metrics.accepted
-        assert 0 <= emitted - metrics.tokens <= 4
+        # One token a pass, and what was accepted: nothing is drafted that a budget would cut.
+        assert metrics.forwards + metrics.accepted == metrics.tokens
         assert facts["mean_acceptance_length"] == pytest.approx(
             1 + metrics.accepted / metrics.spec_steps, abs=1e-4
         )

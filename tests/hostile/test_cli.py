@@ -64,6 +64,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
                 "ngram:acceptance=maybe": "exact or typical",
                 "self_speculative": "mtd tune self-speculative",
                 "self_speculative:skip_mlp=a": "layer numbers",
+                "self_speculative:skip_mlp=9-3": "begins with its smaller number",
                 "self_speculative:skip_mlp=1:threshold=nan": "between 0 and 1",
                 "self_speculative:skip_mlp=1:drafts=0": "between 1 and 255",
             }.items()
@@ -176,6 +177,15 @@ def test_refused_in_one_line(
         ),
         ('{"messages": [{"role": "user", "role": "x", "content": "a"}]}', "'role' is given twice"),
         ('{"prompt": "a", "top_p": 0.5}', "line 2: 'top_p' is no key of a prompt: sampling is set"),
+        (
+            '{"prompt": "a", "presence_penalty": 1}',
+            "'presence_penalty' is no key of a prompt",
+        ),
+        (
+            '{"prompt": "a", "temprature": 1}',
+            "(did you mean 'temperature'?)",
+        ),
+        ('{"prompt": "a", "logit_bias": {}}', "line 2: 'logit_bias' is not offered"),
         ('{"prompt": "a", "temperature": 1}', "by flags (--temperature)"),
         ('{"prompt": "a", "seed": 1}', "by flags (--seed)"),
         ('{"prompt": "a", "stop": ["x"]}', "by flags (--stop)"),

@@ -69,7 +69,7 @@ def test_generate_reports_acceptance(
     _json(capsys, *argv, "--method", "ngram")
     costs = (tmp_path / "cache" / "step-costs.json").read_text()
     assert all(cost > 0 for values in json.loads(costs).values() for cost in values)
-    _json(capsys, *argv, "--method", "ngram", "--option", "longest=4")
+    _json(capsys, *argv, "--method", "ngram", "--option", "longest=6")
     assert (tmp_path / "cache" / "step-costs.json").read_text() == costs
 
 
@@ -93,6 +93,8 @@ def test_bench_compares_methods_and_draws(
     for row in rows:
         assert row["identical_to_ar"] is True
         assert row["lossless"] is True
+        assert sum(request["tokens"] for request in row["requests"]) == row["tokens"]
+        assert len({request["id"] for request in row["requests"]}) == len(row["requests"]) > 1
         assert row["verdict"] in ("faster", "as fast", "slower")
         assert (row["mean_acceptance_length"] is None) == (row["method"] == "ar")
     assert rows[0]["speedup_vs_ar"] == 1.0

@@ -122,13 +122,16 @@ def test_the_tree_that_pays() -> None:
     costs = jnp.asarray([1.0, 1.5, 3.0], jnp.float32)
     two = jnp.asarray([1.0, 1.0], jnp.float32)
 
-    def chosen(ratio: list[float], weight: jax.Array = two) -> int:
-        return int(best_tree_index(expected, costs, jnp.asarray(ratio, jnp.float32), weight))
+    def chosen(ratio: list[float], weight: jax.Array = two, left: int = 100) -> int:
+        wanted = jnp.asarray([left, left], jnp.int32)
+        ratios = jnp.asarray(ratio, jnp.float32)
+        return int(best_tree_index(expected, costs, ratios, weight, wanted))
 
     assert chosen([1.0, 1.0]) == 1  # 2 / 1.5 a second, against 1 and 2.5 / 3
     assert chosen([0.2, 0.2]) == 0
     assert chosen([0.2, 1.0]) == 1  # 3.2 tokens of both rows in 1.5, against 2 in 1
     assert chosen([0.2, 1.0], jnp.asarray([1.0, 0.0], jnp.float32)) == 0
+    assert chosen([1.0, 1.0], left=1) == 0  # what a draft would bring is not wanted any more
 
 
 def test_yields_follow_the_text_and_forget() -> None:

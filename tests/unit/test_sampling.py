@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mtd_jax.decoding.sampling import Sampling, SamplingRows, log_probabilities, sample
+from mtd_jax.decoding.sampling import (
+    Sampling,
+    SamplingRows,
+    drafting_rows,
+    log_probabilities,
+    position_keys,
+    sample,
+)
 from mtd_jax.errors import InputError
 from tests.oracle import sampling as oracle
 
@@ -110,3 +117,14 @@ def test_seed_and_position_change_the_draw() -> None:
 def test_bad_values_are_refused_by_name(values: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(values))):
         Sampling(**values)  # type: ignore[arg-type]
+
+
+def test_drafts_of_every_step_have_noise_of_their_own() -> None:
+    rows = SamplingRows.of([Sampling(1.0, seed=seed) for seed in (1, 2)])
+    positions = jnp.arange(12, dtype=jnp.int32)[None, :].repeat(2, axis=0)
+    seen = [position_keys(rows, positions)]
+    for length in (1, 2, 7):
+        lengths = jnp.full(2, length, jnp.int32)
+        seen.append(position_keys(drafting_rows(rows, lengths), positions))
+    keys = np.concatenate([np.asarray(keys).reshape(-1, 2) for keys in seen])
+    assert len(np.unique(keys, axis=0)) == len(keys)

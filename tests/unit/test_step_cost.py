@@ -1,4 +1,4 @@
-"""Measured costs and the tree that they make best."""
+"""What steps cost, measured by the methods that choose by it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,9 @@ import numpy as np
 import pytest
 
 from mtd_jax import calibrated, methods
-from mtd_jax.decoding.tree import TokenTree, best_tree, build_tree
 from mtd_jax.errors import InputError
-from mtd_jax.evaluation.step_cost import measure, step_seconds
+from mtd_jax.evaluation.step_cost import measure
 from tests.support import tiny
-
-
-def test_the_tree_is_chosen_by_costs_of_this_machine() -> None:
-    """As a method with trained heads will do it; what is measured is not judged."""
-    seconds = step_seconds(tiny.language_model(), rows=(1, 4, 8))
-    costs = [seconds(rows) for rows in (1, 2, 4, 8, 16)]
-    assert min(costs) > 0
-    assert costs[1] == pytest.approx(costs[0] + (costs[2] - costs[0]) / 3)
-    accuracies = np.array([[0.6, 0.2], [0.4, 0.2]])
-
-    def speed(tree: TokenTree) -> float:
-        return tree.expected_tokens(accuracies) / seconds(tree.size)
-
-    chosen = best_tree(accuracies, seconds, max_nodes=6)
-    assert all(speed(chosen) >= speed(build_tree(accuracies, n)) for n in range(1, 7))
 
 
 def test_a_method_without_a_choice_is_left_alone() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtd_jax.decoding import tree as tree_module
-from mtd_jax.decoding.tree import MAX_NODES, TokenTree, best_tree, build_tree
+from mtd_jax.decoding.tree import MAX_NODES, TokenTree, build_tree
 from mtd_jax.errors import InputError
 from mtd_jax.transformer import masks
 
@@ -215,52 +215,6 @@ def test_a_tree_grows_where_chances_are() -> None:
     assert build_tree(np.zeros((0, 0)), 5).size == 1
 
 
-@settings(max_examples=40)
-@given(
-    accuracies(),
-    st.lists(st.floats(0.1, 3.0), min_size=12, max_size=12),
-    st.floats(0.0, 0.5),
-)
-def test_the_fastest_of_all_sizes_is_chosen(
-    values: np.ndarray, costs: list[float], a_draft: float
-) -> None:
-    """Costs need not grow with the rows: they are as measured."""
-
-    def speed(tree: TokenTree) -> float:
-        drafting = a_draft * (tree.size - 1)
-        return tree.expected_tokens(values) / (costs[tree.size - 1] + drafting)
-
-    got = best_tree(
-        values, lambda rows: costs[rows - 1], lambda tree: a_draft * (tree.size - 1), max_nodes=12
-    )
-    fastest = max(speed(build_tree(values, nodes)) for nodes in range(1, 13))
-    assert speed(got) == pytest.approx(fastest)
-
-
-def test_no_drafts_where_they_do_not_pay() -> None:
-    root = TokenTree(())
-    good, bad = np.array([[0.8, 0.1]] * 4), np.array([[0.05, 0.05]] * 4)
-    assert best_tree(bad, lambda rows: 1.0 + 0.1 * rows) == root
-    assert best_tree(np.zeros((2, 2)), lambda _: 1.0) == root
-    assert best_tree(good, lambda rows: float(rows)) == root
-    # Drafts cost as much as two tokens do, and a root alone drafts nothing.
-    assert best_tree(good, lambda _: 1.0, lambda _: 10.0) == root
-    assert best_tree(good, lambda _: 1.0, lambda tree: 0.0 if tree.size > 1 else 1e9).size > 1
-    # Equally fast: the smaller one.
-    assert best_tree(np.array([[0.5]]), lambda rows: [1.0, 1.5][rows - 1], max_nodes=2) == root
-
-
-def test_measured_costs_decide_the_size() -> None:
-    values = np.array([[0.6, 0.2, 0.1]] * 6)
-    free = best_tree(values, lambda _: 1.0, max_nodes=32)
-    assert free.size == 32
-    stepped = best_tree(values, lambda rows: 1.0 if rows <= 8 else 5.0, max_nodes=32)
-    assert stepped == build_tree(values, 8)
-    # A pass of four rows is slower than one of eight: such machines exist.
-    odd = best_tree(values, lambda rows: 1.0 if rows in (1, 8) else 4.0, max_nodes=32)
-    assert odd.size == 8
-
-
 @pytest.mark.parametrize("parents", [(1,), (-1,), (0, 2), (0, 1, 3), (0, 0, -2)])
 def test_a_parent_comes_first(parents: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=f"node {len(parents)} of a tree hangs on {parents[-1]}"):
@@ -316,8 +270,6 @@ def test_an_empty_path_is_bad_input_or_the_root() -> None:
 def test_bad_accuracies_are_refused(values: np.ndarray, named: str) -> None:
     with pytest.raises(InputError, match=named):
         build_tree(values, 4)
-    with pytest.raises(InputError, match=named):
-        best_tree(values, lambda rows: float(rows))
 
 
 def test_noise_that_ascends_with_the_rank_is_levelled() -> None:
