@@ -39,8 +39,8 @@ _DESCRIPTION = """\
 Train from one TOML file, on this machine or, started on every host with the same command, on all of
 a cluster. A run that was stopped, or killed, goes on where it was when it is started again.
 
-  mtd train configs/sft/smollm2-135m-smoke.toml --dry-run
-  mtd train configs/sft/smollm2-135m-smoke.toml --set optimizer.steps=50 --set out=runs/try
+  mtd train configs/sft/smollm2-135m-gsm8k.toml --dry-run
+  mtd train configs/sft/smollm2-135m-gsm8k.toml --set optimizer.steps=50 --set out=runs/try
 
 In the run's directory: checkpoints/, log.jsonl, events/ for TensorBoard, loss.png, and at the end
 model/, which decodes at once, or heads/, where weights of a decoding method were trained (both,
