@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mtd_jax.convert.atomic import write_file
 from mtd_jax.convert.load import read_description
 from mtd_jax.evaluation import environment, pods
 from mtd_jax.evaluation.pods_report import to_json
-from mtd_jax.sharding import RULES, parse_mesh
+from mtd_jax.sharding import parse_mesh
 from mtd_jax.training.config import read_config
 
 _DESCRIPTION = """\
@@ -26,9 +25,10 @@ Compile the training step and the decode loops for a TPU topology, without a TPU
   mtd compile configs/pods/qwen3-4b-v5e-256.toml --topology v5e:16x16
 
 CONFIG is a training config; its `model` may be a shape (configs/models/*.toml), and nothing else
-that it names needs to be there. Seconds are an estimate: max(FLOPs / peak, bytes / HBM bandwidth) +
-bytes sent / ring bandwidth. What does not fit in a chip's memory is reported, and the exit code
-is 1.
+that it names needs to be there. Heads, of which only the shapes matter, are compiled with the
+config's [options] where it trains them, and draft chains. Seconds are an estimate:
+max(FLOPs / peak, bytes / HBM bandwidth) + bytes sent / ring bandwidth. What does not fit in a
+chip's memory is reported, and the exit code is 1.
 """
 _FILE_WIDTH = 150
 
@@ -70,17 +70,17 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.config, args.set)
     model = _model(config.model)
     topology = pods.Topology.of(args.topology)
+    plan = None
+    if not args.train_only:  # checked before minutes go by with the training step
+        names, length = args.methods.split(","), args.decode_length
+        plan = pods.DecodePlan.of(config, model, topology, sizes, names, args.decode_batch, length)
     with Console(stderr=True).status(f"compiling for {topology.name}") as status:
         found = [pods.train_step(config, model, topology)]
         decode: dict[str, Any] = {}
-        if not args.train_only:
-            mesh = pods.decode_mesh(model, topology, sizes)
-            rows = math.prod(mesh.shape[name] for name in RULES["batch"])
-            batch = args.decode_batch or 8 * rows
-            decode = {"decode_batch": batch, "decode_length": args.decode_length}
+        if plan is not None:
+            decode = {"decode_batch": plan.batch, "decode_length": plan.capacity}
             status.update(f"compiling decode loops for {topology.name}")
-            names = args.methods.split(",")
-            found += pods.decode_programs(model, topology, mesh, names, batch, args.decode_length)
+            found += pods.decode_programs(plan)
     result = {
         "versions": environment.versions(),
         **environment.provenance(),

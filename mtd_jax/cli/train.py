@@ -28,7 +28,7 @@ from mtd_jax.training.data import prepare
 from mtd_jax.training.devices import Processes, training_mesh
 from mtd_jax.training.heads import HeadsTraining, measured
 from mtd_jax.training.log import read_log
-from mtd_jax.training.loop import Outcome, Run, fit, flops_per_token, held_out_parts
+from mtd_jax.training.loop import Outcome, Run, fit, flops_per_token, held_out_parts, restored
 from mtd_jax.training.plan import abstract_step, step_memory
 from mtd_jax.training.rows import Rows, describe_row
 from mtd_jax.training.step import Trainer
@@ -39,8 +39,8 @@ _DESCRIPTION = """\
 Train from one TOML file, on this machine or, started on every host with the same command, on all of
 a cluster. A run that was stopped, or killed, goes on where it was when it is started again.
 
-  mtd train configs/sft/smollm2-135m-smoke.toml --dry-run
-  mtd train configs/sft/smollm2-135m-smoke.toml --set optimizer.steps=50 --set out=runs/try
+  mtd train configs/sft/smollm2-135m-gsm8k.toml --dry-run
+  mtd train configs/sft/smollm2-135m-gsm8k.toml --set optimizer.steps=50 --set out=runs/try
 
 In the run's directory: checkpoints/, log.jsonl, events/ for TensorBoard, loss.png, and at the end
 model/, which decodes at once, or heads/, where weights of a decoding method were trained (both,
@@ -48,6 +48,11 @@ where they were trained together):
 
   mtd generate --model runs/try/model --prompt "..."
   mtd generate --model models/smollm2 --method medusa --heads runs/medusa/heads --prompt "..."
+
+--export writes the same from a checkpoint that was kept, of a run that was stopped or is still
+going on: from the one with the lowest held-out loss, the newest one, or one of a step:
+
+  mtd train configs/sft/smollm2-135m-gsm8k.toml --export best
 
 Several processes find each other by themselves on TPU pods and under Slurm; elsewhere name the
 first one: --coordinator HOST:PORT --process-count N --process-index I (train/launch/ has examples).
@@ -74,6 +79,11 @@ def add_parser(commands: arguments.Subparsers) -> None:
         action="store_true",
         help="check everything, show shapes, a sample and the memory needed, and end",
     )
+    parser.add_argument(
+        "--export",
+        metavar="best|last|STEP",
+        help="train nothing; write the model or heads of a kept checkpoint, and end",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     group = parser.add_argument_group("several processes")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
@@ -84,6 +94,8 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `mtd train`."""
+    if args.export is not None and args.dry_run:
+        raise InputError("--export and --dry-run do not go together")
     config = read_config(args.config, args.set)
     Processes(args.coordinator, args.process_count, args.process_index).join()
     use_compilation_cache()
@@ -94,6 +106,12 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({**report, "sample": [piece._asdict() for piece in report["sample"]]}))
         else:
             _show(report)
+        return 0
+    if args.export is not None:
+        outcome = restored(prepared, args.export)
+        _export(prepared, outcome)
+        if jax.process_index() == 0:
+            _exported_line(prepared, outcome, as_json=args.json)
         return 0
     outcome = fit_and_write(prepared)
     if jax.process_index() == 0:
@@ -268,6 +286,14 @@ def _draw(directory: Path) -> None:
 
     if jax.process_index() == 0:
         plot_losses(read_log(directory), directory / "loss.png")
+
+
+def _exported_line(run: Run, outcome: Outcome, *, as_json: bool) -> None:
+    step, written = int(jax.device_get(outcome.state.step)), str(result_of(run))
+    if as_json:
+        print(json.dumps({"exported": written, "step": step}))
+    else:
+        print(f"{written}: the checkpoint behind step {step}")
 
 
 def _closing_line(run: Run, outcome: Outcome, *, as_json: bool) -> None:

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +22,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mtd_jax import methods, parameters
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding import engine
+from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import DecodeState, Method, Requests
 from mtd_jax.decoding.prompt import CHUNK
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.evaluation.chips import CHIPS, Chip, Roofline
 from mtd_jax.evaluation.program_cost import Cost, program_cost
-from mtd_jax.sharding import RULES, make_mesh, partition
+from mtd_jax.sharding import RULES, make_mesh, partition, shardings
 from mtd_jax.training import utilization
 from mtd_jax.training.config import TrainConfig
 from mtd_jax.training.devices import share_of_rows, training_mesh
@@ -158,29 +159,87 @@ def decode_mesh(model: ModelConfig, topology: Topology, sizes: dict[str, int]) -
     return make_mesh(sizes, topology.devices)
 
 
-def decode_programs(
-    model: ModelConfig,
-    topology: Topology,
-    mesh: Mesh,
-    names: Sequence[str],
-    batch: int,
-    capacity: int,
-) -> list[Compiled]:
-    """Reading a chunk of the prompts, and a step of every method's decode loop.
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """What is decoded, checked before anything is compiled."""
 
-    Raises:
-      InputError: an unknown method, or a batch that the mesh does not divide.
-    """
-    rows = math.prod(mesh.shape[name] for name in RULES["batch"])
-    if batch % rows:
-        raise InputError(
-            f"--decode-batch {batch} does not spread over data x fsdp = {rows} devices"
-        )
+    model: ModelConfig
+    topology: Topology
+    mesh: Mesh
+    makers: dict[str, Callable[[Any], Method]]
+    """Name of a method -> the method, from its weights."""
+    weights: dict[str, Any]
+    """Name of a method -> its weights as shapes on the mesh; nothing where it has none."""
+    batch: int
+    capacity: int
+    """Cache slots of a row."""
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        model: ModelConfig,
+        topology: Topology,
+        sizes: dict[str, int],
+        names: Sequence[str],
+        batch: int | None,
+        capacity: int,
+    ) -> DecodePlan:
+        """The plan; methods with heads take the config's options where it trains them.
+
+        Args:
+          sizes: of the mesh; {}: weights over as many devices as there are key heads.
+          batch: rows; None: 8 for each part of the batch.
+
+        Raises:
+          InputError: an unknown method, one that does not fit the model, a mesh that does not
+            divide the devices, or a batch that the mesh does not divide.
+        """
+        mesh = decode_mesh(model, topology, sizes)
+        rows = math.prod(mesh.shape[name] for name in RULES["batch"])
+        batch = 8 * rows if batch is None else batch
+        if batch % rows:
+            raise InputError(
+                f"--decode-batch {batch} does not spread over data x fsdp = {rows} devices"
+            )
+        makers, weights = {}, {}
+        for name in names:
+            options = config.options if name == config.method else {}
+            makers[name], weights[name] = _maker(name, options, model, mesh)
+            try:
+                method = jax.eval_shape(makers[name], weights[name])
+            except jax.errors.ConcretizationTypeError:
+                # Of independent_heads: each layer's weights are taken apart where they lie.
+                raise InputError(
+                    f"method '{name}' cannot be made from shapes, without trained heads"
+                ) from None
+            method.check(model, frozenset())
+        return cls(model, topology, mesh, makers, weights, batch, capacity)
+
+
+def _maker(
+    name: str, options: Mapping[str, Any], model: ModelConfig, mesh: Mesh
+) -> tuple[Callable[[Any], Method], Any]:
+    """How a method is made from its weights, and these as shapes."""
+    if name not in methods.SPECS:
+        return lambda _: methods.make_method(name, {}), ()
+    declared = methods.make_spec(name, options).declare(model)
+    weights = jax.tree.map(
+        lambda w, place: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16, sharding=place),
+        declared,
+        shardings(mesh, declared),
+    )
+    # Trees by size need measurements of the heads, and are others from one to the next.
+    sized = options.get("tree", "auto") in ("auto", "measured")
+    tree = {"tree": "chain"} if sized else {}
+    return lambda w: methods.make_method(name, tree, Heads(name, options, "", w)), weights
+
+
+def decode_programs(plan: DecodePlan) -> list[Compiled]:
+    """Reading a chunk of the prompts, and a step of every method's decode loop."""
+    model, mesh, batch, capacity = plan.model, plan.mesh, plan.batch, plan.capacity
     params = abstract_parameters(model, mesh, jnp.bfloat16)
-    chosen = [methods.make_method(name, {}) for name in names]
-    for method in chosen:
-        method.check(model, frozenset())
-    made = [_abstract(method, mesh) for method in chosen]
+    made = [_placed(maker, plan.weights[name], mesh) for name, maker in plan.makers.items()]
     requests = _requests(batch, mesh)
     tokens = _of(mesh, (batch, min(CHUNK, capacity)), "batch", None)
     lengths = _of(mesh, (batch,), "batch")
@@ -188,7 +247,7 @@ def decode_programs(
     heads = model.num_layers * model.num_heads * model.head_dim
     found = []
     with jax.set_mesh(mesh):
-        examined = functools.partial(_examined, mesh=mesh, chip=topology.chip, model=model)
+        examined = functools.partial(_examined, mesh=mesh, chip=plan.topology.chip, model=model)
         chunk = tokens.shape[1]
         forward = 2.0 * weights + 4.0 * heads * (chunk + 1) / 2
         found.append(
@@ -201,7 +260,7 @@ def decode_programs(
             )
         )
         step = (2.0 * weights + 4.0 * heads * capacity) * batch / mesh.size
-        for name, method in zip(names, made, strict=True):
+        for name, method in zip(plan.makers, made, strict=True):
             state = _state(method, params, tokens, lengths, requests, capacity, mesh)
             lowered = engine.lower_run(method, params, state, "tpu")
             found.append(examined(f"decode step, {name}", lowered.compile, model_flops=step))
@@ -269,6 +328,17 @@ def _abstract(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: _of(mesh, x.shape, *[None] * x.ndim, dtype=x.dtype), tree)
 
 
+def _placed(maker: Callable[[Any], Method], weights: Any, mesh: Mesh) -> Method:
+    """A method as shapes: its weights lie where slices of the given ones would, the rest whole."""
+    if not jax.tree.leaves(weights):
+        return _abstract(maker(weights), mesh)
+    shapes = jax.eval_shape(maker, weights)
+    places = jax.jit(maker).lower(weights).compile().output_shardings
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
 def _requests(batch: int, mesh: Mesh) -> Requests:
     rows = SamplingRows.of([Sampling()] * batch)
     sampling = jax.tree.map(
@@ -292,7 +362,8 @@ def _state(
 ) -> DecodeState:
     """The state between two steps, as shapes where the engine puts them."""
     shapes = jax.eval_shape(
-        functools.partial(method.prefill, capacity=capacity), params, tokens, lengths, requests
+        lambda method, *arguments: method.prefill(*arguments, capacity=capacity),
+        *(method, params, tokens, lengths, requests),
     )
     whole = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)

@@ -21,8 +21,14 @@ _SILENT = ("absl",)
 class Checkpoints:
     """The checkpoints in one directory, by step."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        """Opens the directory; what a killed run left half-written is removed."""
+    def __init__(
+        self, directory: Path, config: CheckpointConfig, *, read_only: bool = False
+    ) -> None:
+        """Opens the directory; what a killed run left half-written is removed.
+
+        Args:
+          read_only: change nothing: the run may be going on, and be writing.
+        """
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
@@ -46,7 +52,8 @@ class Checkpoints:
                 best_fn=lambda metrics: metrics["loss"],
                 best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
                 # This run says when; by default Orbax also saves on preemption by itself.
                 save_decision_policy=policies.EveryNSteps(1),
             ),
@@ -67,6 +74,29 @@ class Checkpoints:
             if (metrics := self._manager.metrics(step)) is not None
         }
         return min(losses, key=lambda step: losses[step]) if losses else None
+
+    def find(self, which: str) -> int:
+        """The step that `best`, `last` or a number means.
+
+        Raises:
+          InputError: it means none that is kept.
+        """
+        where = self._manager.directory
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise InputError(f"no checkpoint in {where}: the run has saved none")
+        kept = ", ".join(map(str, steps))
+        if which == "last":
+            return int(steps[-1])
+        if which == "best":
+            if self.best is None:
+                raise InputError(f"no checkpoint in {where} was evaluated (there are {kept})")
+            return self.best
+        if not which.isdecimal():
+            raise InputError(f"a checkpoint is best, last or a step, got '{which[:40]}'")
+        if int(which) not in steps:
+            raise InputError(f"no checkpoint behind step {which} in {where} (there are {kept})")
+        return int(which)
 
     def save(
         self,

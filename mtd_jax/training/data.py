@@ -38,14 +38,17 @@ def prepare(
       cache: directory of tokenised texts where the config names none.
 
     Raises:
-      InputError: rows longer than the context; whatever is wrong with a source (see `sources` and
-        `documents`); an id outside the vocabulary; nothing to learn; a side of the split is empty.
+      InputError: rows longer than the context; another model's tokenizer; whatever is wrong with a
+        source (see `sources` and `documents`); an id outside the vocabulary; nothing to learn; a
+        side of the split is empty.
     """
     if data.length > model.context_length:
         raise InputError(
             f"data.length = {data.length} is more than the model's context of "
             f"{model.context_length}"
         )
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, model)
     cache = Path(data.cache) if data.cache else cache
     fingerprint = "" if tokenizer is None else tokenizer.fingerprint()
 
@@ -73,6 +76,29 @@ def prepare(
         _rows(train, everything[~aside], data, seed, "data.train"),
         _rows(train, everything[aside], data, seed, "what data.held_out_fraction puts aside"),
     )
+
+
+def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Refuses a tokenizer that cannot be the model's, whatever ids the texts happen to have."""
+    known = tokenizer.vocab_size
+    if known > model.vocab_size:
+        raise InputError(
+            f"the tokenizer has {known} tokens, more than the model's vocabulary of "
+            f"{model.vocab_size}: it is another model's"
+        )
+    # Less is no mismatch: vocabularies are padded (Qwen3: 151,669 tokens of 151,936).
+    if 2 * known < model.vocab_size:
+        raise InputError(
+            f"the tokenizer has {known} tokens, less than half of the model's vocabulary of "
+            f"{model.vocab_size}: it is another model's"
+        )
+    ends = model.eos_token_ids
+    for end in tokenizer.eos_token_ids:
+        if ends and end not in ends:
+            raise InputError(
+                f"the tokenizer ends a text with token {end}, the model with "
+                f"{' or '.join(map(str, ends))} (eos_token_ids): it is another model's"
+            )
 
 
 def _checked(corpus: Corpus, data: DataConfig, model: ModelConfig) -> Corpus:

@@ -141,13 +141,6 @@ def check_same_everywhere(about: Mapping[str, Any]) -> None:
         raise InputError("the processes of this run differ in their config, texts or model")
 
 
-def agreed(answer: bool) -> bool:
-    """What the first process says, on all."""
-    if jax.process_count() == 1:
-        return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
-
-
 def training_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of a run over all its devices.
 

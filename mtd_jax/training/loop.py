@@ -21,13 +21,12 @@ from mtd_jax.training.batches import batches, held_out_batches
 from mtd_jax.training.checkpoint import Checkpoints
 from mtd_jax.training.config import TrainConfig, to_dict
 from mtd_jax.training.devices import (
-    agreed,
     batch_sharding,
     check_same_everywhere,
     share_of_rows,
 )
 from mtd_jax.training.evaluate import Decoding, HeldOut
-from mtd_jax.training.log import RunLog, read_log
+from mtd_jax.training.log import RunLog
 from mtd_jax.training.objective import reaches_layers
 from mtd_jax.training.preemption import StopRequest
 from mtd_jax.training.rows import Rows
@@ -37,6 +36,7 @@ from mtd_jax.transformer.packed import Packed
 Evaluation = Callable[[Any, Any], dict[str, float]]
 """(trainable, frozen) -> measurements by name."""
 
+_CHECKPOINTS = "checkpoints"
 _SAMPLED_ROWS = 64
 
 # What a run may change between two of its starts without becoming another run.
@@ -97,24 +97,62 @@ def fit(run: Run) -> Outcome:
     """
     run.directory.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(run.mesh), StopRequest() as stop:
-        checkpoints = Checkpoints(run.directory / "checkpoints", run.config.checkpoint)
+        checkpoints = Checkpoints(run.directory / _CHECKPOINTS, run.config.checkpoint)
         try:
             return _fit(run, checkpoints, stop)
         finally:
             checkpoints.close()
 
 
-def _fit(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> Outcome:
-    config, trainer = run.config, run.trainer
-    base = run.load()
-    about = {
-        "config": to_dict(config),
+def restored(run: Run, which: str) -> Outcome:
+    """A kept checkpoint of the run, as `fit` would leave it behind that step; nothing is trained.
+
+    Args:
+      which: `best` (by held-out loss), `last`, or the number of a step.
+
+    Raises:
+      InputError: there is no such checkpoint, or it is of another run.
+    """
+    directory = run.directory / _CHECKPOINTS
+    if not directory.is_dir():
+        raise InputError(f"no checkpoint in {directory}: the run has saved none")
+    with jax.set_mesh(run.mesh):
+        checkpoints = Checkpoints(directory, run.config.checkpoint, read_only=True)
+        try:
+            step = checkpoints.find(which)
+            base = run.load()
+            check_same_run(checkpoints.about(step), _about(run, base))
+            trainable, frozen = _split(run, base)
+            state, _ = checkpoints.restore(step, run.trainer.layout(trainable, run.mesh))
+        finally:
+            checkpoints.close()
+    return Outcome(state, frozen, finished=step == run.config.optimizer.steps)
+
+
+def _about(run: Run, base: LanguageModel) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    return {
+        "config": to_dict(run.config),
         "base": base.fingerprint,
         "rows": run.train.fingerprint,
     }
+
+
+def _split(run: Run, base: LanguageModel) -> tuple[Any, Any]:
+    """(trainable, frozen), the latter as the forward pass takes it."""
+    trainable, frozen = run.trainer.objective.split(base.params)
+    return trainable, jax.tree.map(lambda x: x.astype(run.trainer.compute), frozen)
+
+
+def _fit(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> Outcome:
+    config, trainer = run.config, run.trainer
+    base = run.load()
+    about = _about(run, base)
     check_same_everywhere(about)
-    trainable, frozen = trainer.objective.split(base.params)
-    frozen = jax.tree.map(lambda x: x.astype(trainer.compute), frozen)
+    newest = checkpoints.latest
+    if newest is not None:  # before heads are made, which compiles
+        check_same_run(checkpoints.about(newest), about)
+    trainable, frozen = _split(run, base)
     layout = trainer.layout(trainable, run.mesh)
     number, of = run.share()
     data = batches(
@@ -124,14 +162,12 @@ def _fit(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> Outcome:
         process_index=number,
         process_count=of,
     )
-    newest = checkpoints.latest
     if newest is None:
         places = jax.tree.map(lambda x: x.sharding, layout)
         state = jax.jit(trainer.start, static_argnums=1, out_shardings=places)(
             trainable, config.seed
         )
     else:
-        check_same_run(checkpoints.about(newest), about)
         state, position = checkpoints.restore(newest, layout)
         data.set_state(dict(position))
     first = newest or 0
@@ -179,7 +215,7 @@ class _Loop:
             return True
         batch = self._run.placed(next(data))
         step = self._run.trainer.compile_step(self.state, self._frozen, batch)
-        if self._done == 0 or self._owes_evaluation():
+        if self._done == 0:
             self._evaluate()
         self._clock = time.perf_counter()
         while True:
@@ -194,8 +230,9 @@ class _Loop:
                 self._flush()
             loss = None
             every = config.evaluate.every
-            # Who asks to stop does not wait for it; it is made up for at the next start.
-            if last or (every and self._done % every == 0 and not stopping):
+            # Who asks to stop waits for it too: a loss cannot be added to a checkpoint later, and
+            # one without a loss is never the best.
+            if last or (every and self._done % every == 0):
                 self._flush()
                 loss = self._evaluate()
             if saves:
@@ -236,18 +273,6 @@ class _Loop:
             {"loss": float(fetched[-1]["loss"]), "tokens/s": speed, "MFU %": 100 * timing["mfu"]},
         )
         self._clock = time.perf_counter()
-
-    def _owes_evaluation(self) -> bool:
-        """Whether the run was stopped where it should have been evaluated."""
-        every = self._run.config.evaluate.every
-        if not every or self._done % every or not self._evaluations:
-            return False
-        lines = read_log(self._run.directory) if jax.process_index() == 0 else []
-        known = any(
-            line["step"] == self._done and any(name.startswith("held_out_") for name in line)
-            for line in lines
-        )
-        return not agreed(known)
 
     def _evaluate(self) -> float | None:
         """Held-out means and what decoding shows; the time does not count as training."""

@@ -53,11 +53,13 @@ def mtd_compile(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess
     return found
 
 
-def small(directory: Path, *, fsdp: int = 4, tensor: int = 1, tied: bool = True) -> str:
+def small(
+    directory: Path, *, fsdp: int = 4, tensor: int = 1, tied: bool = True, more: str = ""
+) -> str:
     shape, config = directory / "shape.toml", directory / "run.toml"
     shape.write_text(SHAPE.format(tied=str(tied).lower()), encoding="utf-8")
     text = CONFIG.format(model=shape, fsdp=fsdp, tensor=tensor)
-    config.write_text(text, encoding="utf-8")
+    config.write_text(text + more, encoding="utf-8")
     return str(config)
 
 
@@ -122,6 +124,43 @@ def test_too_large_a_model_does_not_fit(tmp_path: Path) -> None:
         "--set", "mesh.data=1", "--set", "mesh.fsdp=4", "--set", "data.batch_size=4", expect=1,
     )  # fmt: skip
     assert "does not fit" in found.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_heads_compile_without_weights(tmp_path: Path) -> None:
+    """Those that the config trains with its options, the others with their own."""
+    out = tmp_path / "report.json"
+    found = mtd_compile(
+        small(tmp_path, more="[options]\ncount = 2\n"), "--set", "method=medusa", "--topology",
+        "v5e:2x4", "--methods", "medusa,cp", "--decode-length", "512", "--out", str(out),
+    )  # fmt: skip
+    assert "error" not in found.stderr
+    programs = {p["name"]: p for p in json.loads(out.read_text(encoding="utf-8"))["programs"]}
+    assert list(programs)[2:] == ["decode step, medusa", "decode step, cp"]
+    assert all(program["fits"] for program in programs.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "ar,ngrm"], "unknown method 'ngrm' (did you mean 'ngram'?)"),
+        (["--methods", "ar,independent_heads"], "cannot be made from shapes"),
+        (["--decode-mesh", "tensor=3"], "does not divide the 8 devices"),
+        (["--decode-batch", "3"], "--decode-batch 3 does not spread"),
+        (["--decode-mesh", "tensr=2"], "unknown mesh axis 'tensr'"),
+    ],
+)
+def test_slips_of_decoding_are_found_before_anything_is_compiled(
+    flags: list[str], message: str, tmp_path: Path
+) -> None:
+    """The training step of this config would be refused as well, but only afterwards."""
+    config = small(tmp_path)
+    slip = ["--set", "mesh.fsdp=3", "--topology", "v5e:2x4", *flags]
+    found = mtd_compile(config, *slip, expect=2)
+    lines = [line for line in found.stderr.splitlines() if line.startswith("mtd: error")]
+    assert len(lines) == 1
+    assert message in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,31 @@ def whole(place: Path) -> tuple[Any, list[dict[str, float]]]:
     return _final(place, out), log_of(out)
 
 
+def _checkpoints(out: Path) -> list[str]:
+    try:
+        return os.listdir(out / "checkpoints")
+    except FileNotFoundError:
+        return []
+
+
 def _half_written(out: Path) -> bool:
     """Orbax writes a checkpoint under another name first."""
-    try:
-        names = os.listdir(out / "checkpoints")
-    except FileNotFoundError:
-        return False
-    return any("tmp" in name for name in names)
+    return any("tmp" in name for name in _checkpoints(out))
+
+
+def _whole(out: Path) -> list[int]:
+    return [int(name) for name in _checkpoints(out) if name.isdecimal()]
+
+
+def _halt_in_a_save(process: subprocess.Popen[str], out: Path) -> None:
+    """Halts the process where a checkpoint is half written and an older one is there."""
+    while True:
+        _wait(process, lambda: bool(_whole(out)) and _half_written(out))
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.1)
+        if _whole(out) and _half_written(out):
+            return
+        process.send_signal(signal.SIGCONT)  # too late: the next one
 
 
 def _behind(out: Path, step: int) -> bool:
@@ -123,16 +141,22 @@ def test_killed_and_started_again_is_bit_identical(
     out = place / f"{how.name}-{moment}"
     process = _start(place, out)
     if moment == "step":
-        _wait(process, lambda: _behind(out, 6))
+        _wait(process, lambda: _behind(out, 6) and bool(_whole(out)))
     else:
-        _wait(process, lambda: _half_written(out))
+        _halt_in_a_save(process, out)
     process.send_signal(how)
+    process.send_signal(signal.SIGCONT)
     said = _ended(process, 0 if how == signal.SIGTERM else -signal.SIGKILL)
     before = log_of(out)
     assert before[-1]["step"] < STEPS
     if how == signal.SIGTERM:
         assert "the same command goes on from there" in said
-    _ended(_start(place, out))
+    newest = max(_whole(out))
+    if how == signal.SIGKILL:
+        # What was half written when it was killed still is, and does not count.
+        assert _half_written(out) or moment == "step"
+        assert newest % 4 == 0
+    assert f"goes on behind step {newest} of {STEPS}" in _ended(_start(place, out))
     state, data = _final(place, out)
     assert_same_bits(state, whole[0][0])
     assert data == whole[0][1]

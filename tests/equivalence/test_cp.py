@@ -23,7 +23,7 @@ from mtd_jax.errors import InputError
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cp_weights import CPWeights
 from mtd_jax.transformer.model import Parameters, forward, normed
-from mtd_jax.transformer.packed import frozen_rows
+from mtd_jax.transformer.packed import Packed, frozen_rows
 from tests.oracle import cp_mixture as oracle
 from tests.support import heads, tiny
 
@@ -123,6 +123,33 @@ def test_the_loss_is_the_slow_sum(options: dict[str, Any]) -> None:
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(others))
     shares = [float(totals[f"responsibility_{a + 1}"]) for a in range(spec.rank)]
     assert sum(shares) == pytest.approx(1.0, rel=1e-5)
+
+
+def _in_one_row(texts: list[list[int]]) -> Packed:
+    """The texts one behind the other."""
+    parts = [heads.packed([text]) for text in texts]
+    numbered = [p.replace(segments=p.segments * (i + 1)) for i, p in enumerate(parts)]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *numbered)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_documents_in_one_row_do_not_see_each_other(options: dict[str, Any]) -> None:
+    """Windows of tokens ahead end with their document: value and gradient are as of rows alone."""
+    spec, weights, base = _setting(options)
+    found = []
+    for batch in (_in_one_row(TEXTS), heads.packed(TEXTS)):
+        counts = spec.counts(batch)
+        loss = jax.value_and_grad(spec.training_loss, has_aux=True)
+        found.append(loss(weights, base, batch, counts, chunk=7))
+    (a, b) = found
+    np.testing.assert_allclose(a[0][0], b[0][0], rtol=1e-5)
+    for name, value in b[0][1].items():
+        np.testing.assert_allclose(a[0][1][name], value, rtol=1e-4, err_msg=name)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5 * abs(y).max()),
+        a[1],
+        b[1],
+    )
 
 
 def test_memory_grows_neither_with_the_rank_nor_with_the_tokens() -> None:

@@ -13,7 +13,7 @@ import pytest
 from mtd_jax.errors import InputError, RunError
 from mtd_jax.training.checkpoint import Checkpoints
 from mtd_jax.training.config import CheckpointConfig
-from mtd_jax.training.loop import fit
+from mtd_jax.training.loop import Run, fit
 from mtd_jax.training.objective import FineTuning
 from mtd_jax.transformer.packed import Packed
 from tests.support import tiny
@@ -34,6 +34,7 @@ MESHES: list[dict[str, Any]] = [
     {"mesh__data": 8},
     {"mesh__data": 1, "mesh__fsdp": 8},
     {"mesh__data": 1, "mesh__tensor": 4},
+    {"mesh__data": 1, "mesh__tensor": 8},
     {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
     {"mesh__slices": 2, "mesh__data": 2, "mesh__fsdp": 2},
 ]
@@ -163,12 +164,35 @@ def test_another_run_is_refused(place: Path, reference: Any) -> None:
         fit(make_run(place, out=out, model=str(other / "model")))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(place: Path) -> None:
-    out = place / "diverged"
-    with pytest.raises(RunError, match=r"step \d+: loss .*; nothing was learned from it"):
-        fit(make_run(place, out=str(out), optimizer__learning_rate=1e30, optimizer__clip=0.0))
-    steps = [line["step"] for line in log_of(out) if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1))
+def test_a_loss_that_is_not_finite_stops_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third update makes the weights infinite, so the fourth step is the one that fails."""
+    monkeypatch.setattr(
+        "mtd_jax.training.optimizer.make_schedule",
+        lambda config: lambda count: jnp.where(count == 2, jnp.inf, 3e-3),
+    )
+    run = make_run(
+        place,
+        out=str(place / "diverged"),
+        checkpoint__every=2,
+        evaluate__every=2,
+        log__every=5,
+    )
+    said = (
+        r"step 4: loss nan, .*nothing was learned from it\. The newest checkpoint is behind step 2"
+    )
+    with pytest.raises(RunError, match=said):
+        fit(run)
+    steps = [line["step"] for line in log_of(run.directory) if "loss" in line]
+    assert steps == [1, 2, 3]
+    trainable, _ = run.trainer.objective.split(run.load().params)
+    checkpoints = Checkpoints(run.directory / "checkpoints", CheckpointConfig())
+    assert checkpoints.latest == 2
+    state, _ = checkpoints.restore(2, run.trainer.layout(trainable, run.mesh))
+    checkpoints.close()
+    assert int(state.step) == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.trainable)))
 
 
 # --- the objective ------------------------------------------------------------------------------
@@ -215,6 +239,36 @@ def test_packed_equals_one_document_a_row(changes: dict[str, Any]) -> None:
         a[1],
         b[1],
     )
+
+
+def _loss_of_each_document(run: Run) -> dict[bytes, float]:
+    """By its tokens, from the rows that the run learns."""
+    objective = run.trainer.objective
+    trainable, frozen = objective.split(run.load().params)
+
+    @jax.jit
+    def mean(batch: Packed) -> jax.Array:
+        return objective.loss(trainable, frozen, batch, objective.counts(batch), None)[0]
+
+    found: dict[bytes, float] = {}
+    for row in run.train:
+        for number in range(1, int(row.segments.max()) + 1):
+            here = row.segments == number
+            one = row.replace(learn=row.learn & here)
+            found[row.tokens[here].tobytes()] = float(mean(jax.tree.map(lambda x: x[None], one)))
+    return found
+
+
+def test_packed_documents_have_the_losses_of_rows_of_their_own(place: Path) -> None:
+    packed = make_run(place)
+    alone = make_run(place, data__packing=False)
+    # Two of three documents share a row, or there is nothing to see here.
+    assert len(packed.train) < len(alone.train) / 1.5
+    losses, expected = _loss_of_each_document(packed), _loss_of_each_document(alone)
+    assert losses.keys() == expected.keys()
+    assert len(expected) > 30
+    for document, loss in expected.items():
+        np.testing.assert_allclose(losses[document], loss, rtol=1e-5)
 
 
 def test_frozen_weights_have_no_gradient_and_cost_no_memory(place: Path) -> None:

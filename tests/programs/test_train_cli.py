@@ -19,6 +19,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("train-cli")
     write_model(directory)
     write_texts(directory)
+    write_model(directory / "foreign", vocab_size=300)  # its tokenizer has 391
     (directory / "prompts.jsonl").write_text('{"id": "a", "prompt": "the fox"}\n', encoding="utf-8")
     files = {
         "broken.jsonl": '{"text": "fine"}\n{"text": \n',
@@ -57,6 +58,7 @@ SLIPS: dict[str, tuple[dict[str, Any], str]] = {
     "mesh": ({"mesh__data": 3}, "does not divide 1 devices"),
     "mesh axis": ({"mesh__tensor": 0}, "mesh.tensor must be at least 1"),
     "model": ({"model": "nowhere"}, "nowhere"),
+    "tokenizer": ({"model": "{place}/foreign/model"}, "the tokenizer has 391 tokens, more than"),
     "seed": ({"seed": 2**70}, "seed must be less than 2^32"),
     "out": ({"out": "{place}/empty.jsonl"}, "is no directory"),
     "prompts": ({"evaluate__prompts": "nowhere.jsonl"}, "no prompts file at nowhere.jsonl"),

@@ -262,7 +262,7 @@ def test_held_out_batches_are_filled_up(hosts: int) -> None:
 # --- from files -----------------------------------------------------------------------------------
 
 USER, BOT = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}
-MODEL = tiny.config(vocab_size=400)
+MODEL = tiny.config(vocab_size=400, eos_token_ids=(1,))
 
 
 @pytest.fixture(scope="module")
