@@ -33,7 +33,18 @@ def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         ([], "COMMAND"),
         (["genrate"], "did you mean 'generate'"),
-        (["generate", "--modle", "x"], "--model"),
+        (
+            ["generate", "--modle", "x", "--prompt", "a"],
+            "unknown flag '--modle' (did you mean '--model'?)",
+        ),
+        (["generate", "--modle=x"], "unknown flag '--modle' (did you mean '--model'?)"),
+        (
+            ["convert", "from-medusa", "a", "b", "--modle", "x"],
+            "unknown flag '--modle' (did you mean '--model'?)",
+        ),
+        (["--verson"], "unknown flag '--verson' (did you mean '--version'?)"),
+        (["generate", "--prompt", "-1", "--stop", "- a"], "are required: --model"),
+        (["inspect", "{model}", "--", "--json"], "'--json'"),
         (["generate", "--model", "{model}"], "one of --prompt and --prompts"),
         (["generate", "--model", "{model}", "--prompt", "a", "--strem"], "did you mean '--stream'"),
         (["generate", "--model", "{model}", "--prompt", "a", "--prompts", "b"], "one of"),
