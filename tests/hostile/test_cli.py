@@ -152,6 +152,11 @@ def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["bench", "--model", "{model}", "--prompts", "x", "--methods", "ar,ar"], "ar twice"),
         (["bench", "--model", "{model}", "--prompts", "x", "--batch-sizes", "1,01"], "1 twice"),
         (["chat", "--model", "no/such"], "no model at"),
+        # Refused before the model is looked for.
+        (["chat", "--model", "no/such", "--max-new-tokens", "0"], "at least 1"),
+        (["chat", "--model", "no/such", "--max-new-tokens", "-3"], "at least 1"),
+        (["chat", "--model", "no/such", "--stop", ""], "stop string"),
+        (["chat", "--model", "no/such", "--temperature", "nan"], "temperature"),
         (["inspect", "no/such"], "no/such"),
         (["convert", "from-hf", "no/such", "out"], "no/such"),
         (["convert", "sideways"], "from-hf"),

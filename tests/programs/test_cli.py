@@ -162,6 +162,18 @@ def test_chat_reads_lines_and_keeps_the_conversation(
     assert next(lines) == "never"
 
 
+def test_chat_says_once_that_acceptance_is_lossy(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is asked: it is said before the first line is read."""
+    monkeypatch.setattr("builtins.input", lambda *_: "/exit")
+    argv = ["chat", "--model", str(model), "--method", "ngram", "--option", "drafts=2"]
+    assert main(argv) == 0
+    assert "LOSSY" not in capsys.readouterr().out
+    assert main([*argv, "acceptance=typical", "--temperature", "0.7"]) == 0
+    assert capsys.readouterr().out.count("LOSSY acceptance") == 1
+
+
 @pytest.mark.slow
 def test_the_program_in_infer(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--prompt", "hello", "--max-new-tokens", "10"]
