@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from mtd_jax.errors import InputError
+from mtd_jax.errors import InputError, listed
 from mtd_jax.progress import progress
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
@@ -114,7 +114,8 @@ def _check_shapes(directory: Path, stored: Any, wanted: Mapping[str, jax.ShapeDt
         if shape is None or tuple(shape) != wanted[name].shape:
             problems.append(f"'{name}' is {list(shape or ())}, not {list(wanted[name].shape)}")
     if problems:
-        raise InputError(f"{directory} does not fit the config: {'; '.join(problems[:8])}")
+        named = listed(problems, most=8, between="; ")
+        raise InputError(f"{directory} does not fit the config: {named}")
 
 
 @contextlib.contextmanager
