@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from mtd_jax.convert.atomic import undisturbed
 from mtd_jax.errors import InputError, listed
 from mtd_jax.progress import progress
 
@@ -35,7 +36,7 @@ def save_tree(directory: Path, tree: Mapping[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+    with undisturbed(), _quiet(), ocp.Checkpointer(handler) as checkpointer:
         try:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(dict(tree)))
         except (ValueError, RuntimeError) as error:  # what TensorStore makes of a failed write
