@@ -37,8 +37,6 @@ from mtd_jax.transformer import model as transformer
 from mtd_jax.transformer.cache import KVCache
 from tests.support import hf, tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 MESHES = (
     "data=8",
     "fsdp=8",
