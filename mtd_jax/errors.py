@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -32,6 +32,12 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
     known = sorted(known)
     hint = nearest(name, known) or f"; known: {', '.join(known) or 'none'}"
     return InputError(f"unknown {what} '{name}'{hint}")
+
+
+def listed(names: Sequence[str], most: int = 6, between: str = ", ") -> str:
+    """The first `most` of the names, and how many more there are."""
+    more = len(names) - most
+    return between.join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def first_line(error: Exception) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +13,9 @@ from typing import Any, NoReturn
 from mtd_jax.errors import InputError, nearest, unknown_name
 
 _INVALID_CHOICE = re.compile(r"invalid choice: '?(.*?)'? \(choose from (.*)\)")
+_MISSING = "the following arguments are required"
+# What argparse takes for a flag, not for a value: no number, no text with spaces.
+_FLAG = re.compile(r"--?[^\W\d][\w-]*(=|$)")
 
 Subparsers = Any
 """What `ArgumentParser.add_subparsers` returns; argparse does not export its type."""
@@ -23,6 +28,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
+        self._words: list[str] = []
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would print below a usage text."""
@@ -30,6 +36,11 @@ class Parser(argparse.ArgumentParser):
         if choice is not None:
             known = choice[2].replace("'", "").split(", ")
             message = str(unknown_name("choice", choice[1], known))
+        if message.startswith(_MISSING):
+            # A misspelt flag is why one is missing, and says more.
+            words = itertools.takewhile(lambda word: word != "--", self._words)
+            flags = [word.partition("=")[0] for word in words if _FLAG.match(word)]
+            self._refuse([flag for flag in flags if flag not in self._option_string_actions])
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -37,12 +48,16 @@ class Parser(argparse.ArgumentParser):
 
         Only the command's own parser knows the flags to compare it with.
         """
-        namespace, unknown = super().parse_known_args(args, namespace)
+        self._words = list(sys.argv[1:] if args is None else args)
+        namespace, unknown = super().parse_known_args(self._words, namespace)
+        self._refuse(unknown)
+        return namespace, unknown
+
+    def _refuse(self, unknown: Sequence[str]) -> None:
         if unknown:
             flag = unknown[0].partition("=")[0]
             what = "flag" if flag.startswith("-") else "argument"
             self.error(f"unknown {what} '{flag}'{nearest(flag, self._option_string_actions)}")
-        return namespace, unknown
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

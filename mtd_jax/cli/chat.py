@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("chat needs a tokenizer with a chat template, and the model has none")
     method = choice.fitted(model, batch_size=1, prompt_tokens=_TYPICAL_TURN)
     console = Console()
+    if not method.lossless:
+        console.print(Text("LOSSY acceptance", style="dim"))
     opening: list[Message] = []
     if args.system is not None:
         opening = [{"role": "system", "content": args.system}]

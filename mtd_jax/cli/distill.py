@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import signal
 import statistics
 import sys
 from collections import Counter
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mtd_jax.cli import arguments
 from mtd_jax.cli.resumable import ResumableLines, open_lines
 from mtd_jax.cli.session import Choice, open_method, open_model
+from mtd_jax.cli.termination import Terminated
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.metrics import Metrics
 from mtd_jax.decoding.requests import DEFAULT_NEW_TOKENS, read_prompts
@@ -118,11 +118,11 @@ def run(args: argparse.Namespace) -> int:
     ids = {task.id for task in plan.tasks}
     if len(ids) < len(plan.tasks):
         raise InputError("an id of a prompt ends with '#' and a number, like those of --samples")
-    with open_lines(out, settings, ids, force=args.force) as lines, _terminable():
+    with open_lines(out, settings, ids, force=args.force) as lines:
         before = len(lines.done)
         try:
             metrics = _answer_all(model, choice, plan, lines, args)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             print(
                 f"mtd: {len(lines.done)} of {len(ids)} answers are in {out}; the same command "
                 "goes on",
@@ -195,16 +195,6 @@ def _bar(done: int, total: int) -> Iterator[tuple[Callable[[int], None], Callabl
                 bar.update(task, speed=f"{tokens / elapsed:.0f} tokens/s")
 
         yield lambda count: bar.advance(task, count), seen
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: schedulers send it before they kill."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _report(args: argparse.Namespace, plan: Plan, before: int, metrics: Metrics) -> None:

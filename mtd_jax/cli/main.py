@@ -26,6 +26,7 @@ from mtd_jax.cli import (
     verify,
 )
 from mtd_jax.cli.arguments import Parser
+from mtd_jax.cli.termination import Terminated, terminable
 from mtd_jax.errors import InputError, RunError
 
 _DESCRIPTION = """\
@@ -67,8 +68,12 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"mtd: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+@terminable()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command: 0 on success, 2 with one line on stderr for bad input, 1 on a failure."""
+    """Runs one command: 0 on success, 2 with one line on stderr for bad input, 1 on a failure.
+
+    130 and 143 are what shells show of a command that Ctrl-C or SIGTERM ended.
+    """
     warnings.showwarning = _show_warning
     try:
         parser = make_parser()
@@ -93,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mtd: interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("mtd: terminated", file=sys.stderr)
+        return 143
     except Exception:
         traceback.print_exc()
         return 1

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from mtd_jax import methods, sharding
-from mtd_jax.cli.arguments import existing_path, parse_options
+from mtd_jax.cli.arguments import check_positive, existing_path, parse_options
 from mtd_jax.convert.heads import load_heads, shipped_heads
 from mtd_jax.convert.load import load
 from mtd_jax.convert.method_files import MethodFile, read_method
@@ -21,6 +21,7 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.requests import AnyPrompt, as_prompt, encode
 from mtd_jax.decoding.sampling import Sampling
+from mtd_jax.decoding.stopping import StopMatcher
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation import step_cost
 
@@ -132,6 +133,8 @@ def typical_length(
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The sampling flags, checked."""
+    """The sampling flags, checked with those beside them: budget and stop strings."""
+    check_positive(args, "max_new_tokens")
+    StopMatcher(args.stop)
     names = [field.name for field in dataclasses.fields(Sampling)]
     return Sampling(**{name: getattr(args, name) for name in names})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,11 @@ from mtd_jax.config import ModelConfig
 from mtd_jax.convert.families import TensorRule
 from mtd_jax.convert.layout import Layout, axis_sizes
 from mtd_jax.convert.tensor_source import FLOATS, Index, TensorSource, check_finite
-from mtd_jax.errors import InputError
+from mtd_jax.errors import InputError, listed
 from mtd_jax.progress import progress
 from mtd_jax.sharding import shardings
 from mtd_jax.transformer.model import Parameters, declare
 
-_MOST_NAMED = 6
 _CHUNK = 2**20  # values read at a time: 4 MB of float32
 
 
@@ -96,7 +95,8 @@ def check_tensors(
     """Compares the tensors of a checkpoint with those that the model needs.
 
     Raises:
-      InputError: names all that are missing, not needed, of wrong shape, or of no usable dtype.
+      InputError: names all that are missing, not needed, of wrong shape, or of no usable dtype, and
+        those that the source itself has something against.
     """
     needed = {
         piece.name(layer): piece.layout.file_shape
@@ -116,12 +116,13 @@ def check_tensors(
         except InputError as error:
             dtypes.append(str(error))
     problems = {
+        **source.problems(),
         "missing tensors": [f"'{name}'" for name in needed.keys() - there],
         "tensors that this model does not have": extra,
         "wrong shapes": shapes,
         "wrong types": dtypes,
     }
-    found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    found = [f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names]
     if found:
         raise InputError("the weights do not fit the config; " + "; ".join(found))
 
@@ -262,9 +263,3 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + 64, np.uint8)
     offset = -raw.ctypes.data % 64
     return raw[offset : offset + size].view(dtype).reshape(shape)
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -7,6 +7,8 @@ import os
 import re
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,17 +30,15 @@ def atomic_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
       InputError: `out` is there and must not be replaced, or writing fails (a full disk, rights).
     """
     out = out.absolute()
+    work = out.parent / f".{out.name}.part-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
         check_free(out, force=force)
-        work = out.parent / f".{out.name}.part-{os.getpid()}-{secrets.token_hex(4)}"
         work.mkdir()
-    except OSError as error:
-        raise _cannot_write(out, error) from error
-    try:
         yield work
-        put_in_place(work, out)
+        with undisturbed():
+            put_in_place(work, out)
     except OSError as error:
         raise _cannot_write(out, error) from error
     finally:
@@ -69,6 +69,30 @@ def shared_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
     if first:
         put_in_place(work, out.absolute())
     multihost_utils.sync_global_devices("mtd-jax: everything is in its place")
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is done.
+
+    For what cannot be stopped or must not be: threads that write would put back files that are
+    being removed. Of several processes, JAX watches the signals.
+    """
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield
+        return
+    came: list[int] = []
+    former = {
+        name: signal.signal(name, lambda number, frame: came.append(number))
+        for name in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for name, handler in former.items():
+            signal.signal(name, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def write_file(path: Path, text: str) -> None:

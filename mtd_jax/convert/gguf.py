@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class GGUFFile:
     def names(self) -> Iterable[str]:
         """All tensors there are."""
         return self._tensors.keys()
+
+    def problems(self) -> Mapping[str, Sequence[str]]:
+        """None: the gguf library refuses a file whose header gives a tensor twice."""
+        return {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its sizes, outermost axis first (the file has them innermost first)."""

@@ -31,7 +31,7 @@ from mtd_jax.convert.safetensors_files import (
 from mtd_jax.convert.tensor_source import check_finite
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.language_model import LanguageModel
-from mtd_jax.errors import InputError
+from mtd_jax.errors import InputError, listed
 from mtd_jax.methods import make_spec
 from mtd_jax.methods.medusa import MedusaWeights
 
@@ -75,7 +75,7 @@ def read_medusa(source: Path, base: LanguageModel) -> Heads:
     biases = [bias.format(i) for i in range(count)]
     optional = biases if layout == "vllm" and not names.intersection(biases) else []
     needed = [*(weight.format(i) for i in range(count)), *biases, *outputs]
-    _check_names(source, names, needed, optional)
+    _check_names(source, files, needed, optional)
     width, vocab = base.config.hidden_size, base.config.vocab_size
 
     def read(name: str, *shape: int) -> np.ndarray:
@@ -160,13 +160,16 @@ def _layout(source: Path, names: set[str]) -> Layout:
     )
 
 
-def _check_names(source: Path, names: set[str], needed: list[str], optional: list[str]) -> None:
+def _check_names(
+    source: Path, files: SafetensorsFiles, needed: list[str], optional: list[str]
+) -> None:
+    names = set(files.names())
     missing = sorted(set(needed) - names - set(optional))
+    more = [name[:80] for name in sorted(names - set(needed))]
+    found = [f"{what}: {listed(which)}" for what, which in files.problems().items() if which]
     if missing:
-        raise InputError(f"{source} lacks {', '.join(missing[:6])}")
-    more = sorted(names - set(needed))
+        found.append(f"it lacks {listed(missing)}")
     if more:
-        raise InputError(
-            f"{source} holds {', '.join(name[:80] for name in more[:6])} as well: heads of one "
-            "block each are supported"
-        )
+        found.append(f"it holds {listed(more)} as well: heads of one block each are supported")
+    if found:
+        raise InputError(f"{source} cannot be read; {'; '.join(found)}")

@@ -20,7 +20,8 @@ from typing import Any
 
 import jax
 
-from mtd_jax.errors import InputError
+from mtd_jax.convert.atomic import undisturbed
+from mtd_jax.errors import InputError, listed
 from mtd_jax.progress import progress
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
@@ -35,7 +36,7 @@ def save_tree(directory: Path, tree: Mapping[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+    with undisturbed(), _quiet(), ocp.Checkpointer(handler) as checkpointer:
         try:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(dict(tree)))
         except (ValueError, RuntimeError) as error:  # what TensorStore makes of a failed write
@@ -114,7 +115,8 @@ def _check_shapes(directory: Path, stored: Any, wanted: Mapping[str, jax.ShapeDt
         if shape is None or tuple(shape) != wanted[name].shape:
             problems.append(f"'{name}' is {list(shape or ())}, not {list(wanted[name].shape)}")
     if problems:
-        raise InputError(f"{directory} does not fit the config: {'; '.join(problems[:8])}")
+        named = listed(problems, most=8, between="; ")
+        raise InputError(f"{directory} does not fit the config: {named}")
 
 
 @contextlib.contextmanager

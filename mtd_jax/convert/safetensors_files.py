@@ -31,6 +31,7 @@ _ITEM_SIZES = {
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
 _FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_TWICE = "duplicated tensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -48,12 +49,19 @@ class Entry:
 class SafetensorsFiles:
     """The tensors of a checkpoint directory (a `TensorSource`)."""
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, entries: Mapping[str, Entry], problems: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         self._entries = dict(entries)
+        self._problems = dict(problems or {})
 
     def names(self) -> Iterable[str]:
         """All tensors there are."""
         return self._entries.keys()
+
+    def problems(self) -> Mapping[str, Sequence[str]]:
+        """Tensors that are in several files, and those that are not where the index says."""
+        return self._problems
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its sizes, outermost axis first."""
@@ -99,11 +107,14 @@ class SafetensorsFiles:
 def open_safetensors(directory: Path) -> SafetensorsFiles:
     """The tensors of a directory: by its index, else model.safetensors, else all .safetensors.
 
+    Tensors in several files or not where the index says are `problems()`, to be named with those
+    that a model has with them.
+
     Raises:
-      InputError: no file, only pickles, or a file or index that is not what it says.
+      InputError: no file, only pickles, or a file or index that is malformed.
     """
     if (directory / INDEX_NAME).is_file():
-        return SafetensorsFiles(_indexed(directory))
+        return _indexed(directory)
     if (directory / SINGLE_NAME).exists():
         return SafetensorsFiles(read_header(file_inside(directory, SINGLE_NAME)))
     files = sorted(p.name for p in directory.glob("*.safetensors"))
@@ -115,7 +126,8 @@ def open_safetensors(directory: Path) -> SafetensorsFiles:
                 "they are read; convert them to safetensors first"
             )
         raise InputError(f"{directory} holds no .safetensors file")
-    return SafetensorsFiles(_merge([read_header(file_inside(directory, name)) for name in files]))
+    entries, twice = _merge(directory, files)
+    return SafetensorsFiles(entries, {_TWICE: twice})
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -219,7 +231,7 @@ def _check_spans(file: Path, spans: Mapping[str, tuple[int, int]], size: int) ->
         raise InputError(f"{file.name} has {size - position} bytes behind its last tensor")
 
 
-def _indexed(directory: Path) -> dict[str, Entry]:
+def _indexed(directory: Path) -> SafetensorsFiles:
     weight_map = read_json(directory / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{INDEX_NAME} has no weight_map")
@@ -236,11 +248,13 @@ def _indexed(directory: Path) -> dict[str, Entry]:
                 f"{str(file)[:100]!r}"
             )
     files = sorted(set(weight_map.values()))
-    entries = _merge([read_header(file_inside(directory, file)) for file in files])
-    for name, file in weight_map.items():
-        if name not in entries or entries[name].file.name != file:
-            raise InputError(f"{INDEX_NAME}: tensor '{name[:200]}' is not in {file}")
-    return entries
+    entries, twice = _merge(directory, files)
+    elsewhere = [
+        f"'{name[:200]}' is not in {file}"
+        for name, file in weight_map.items()
+        if name not in entries or entries[name].file.name != file
+    ]
+    return SafetensorsFiles(entries, {_TWICE: twice, f"wrong in {INDEX_NAME}": elsewhere})
 
 
 def file_inside(directory: Path, name: str) -> Path:
@@ -265,14 +279,14 @@ def file_inside(directory: Path, name: str) -> Path:
     return directory / name
 
 
-def _merge(headers: list[dict[str, Entry]]) -> dict[str, Entry]:
+def _merge(directory: Path, files: Sequence[str]) -> tuple[dict[str, Entry], list[str]]:
+    """The tensors of all files, and in words those that an earlier file has already."""
     merged: dict[str, Entry] = {}
-    for header in headers:
-        for name, entry in header.items():
+    twice: list[str] = []
+    for file in files:
+        for name, entry in read_header(file_inside(directory, file)).items():
             if name in merged:
-                raise InputError(
-                    f"tensor '{name[:200]}' is in both {merged[name].file.name} "
-                    f"and {entry.file.name}"
-                )
-            merged[name] = entry
-    return merged
+                twice.append(f"'{name[:200]}' is in both {merged[name].file.name} and {file}")
+            else:
+                merged[name] = entry
+    return merged, twice

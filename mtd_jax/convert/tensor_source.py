@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import ml_dtypes
@@ -27,6 +27,9 @@ class TensorSource(Protocol):
 
     def names(self) -> Iterable[str]:
         """All tensors there are."""
+
+    def problems(self) -> Mapping[str, Sequence[str]]:
+        """What is wrong before a model is known: tensors that are there twice, say, by kind."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its sizes, outermost axis first."""

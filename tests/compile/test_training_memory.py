@@ -47,7 +47,6 @@ print(json.dumps({"peak": peak, "estimate": estimate.total, "temporary": estimat
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_peak_memory_is_within_15_percent_of_the_estimate(tmp_path: Path, remat: str) -> None:
     write_model(tmp_path, hidden_size=384, intermediate_size=1024, num_layers=4, head_dim=96)

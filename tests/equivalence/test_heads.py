@@ -33,8 +33,6 @@ from tests.support.training import (
     write_texts,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 OPTIONS: list[dict[str, Any]] = [
     {"loss": "distillation"},
     {"loss": "cross_entropy", "decay": 0.5},

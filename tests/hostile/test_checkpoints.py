@@ -13,7 +13,7 @@ import pytest
 from mtd_jax.convert.conversions import to_native
 from mtd_jax.convert.huggingface import read_config
 from mtd_jax.convert.load import load
-from mtd_jax.convert.safetensors_files import open_safetensors, read_header
+from mtd_jax.convert.safetensors_files import read_header
 from mtd_jax.errors import InputError
 from tests.support.checkpoints import hf_config, hf_tensors, write_hf
 from tests.support.command_line import assert_refused, run_commands
@@ -204,7 +204,7 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     first = sorted(directory.glob("*.safetensors"))[0]
     (directory / "model-00003-of-00003.safetensors").write_bytes(first.read_bytes())
     with pytest.raises(InputError, match="is in both"):
-        open_safetensors(directory)
+        load(directory)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])

@@ -33,7 +33,18 @@ def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         ([], "COMMAND"),
         (["genrate"], "did you mean 'generate'"),
-        (["generate", "--modle", "x"], "--model"),
+        (
+            ["generate", "--modle", "x", "--prompt", "a"],
+            "unknown flag '--modle' (did you mean '--model'?)",
+        ),
+        (["generate", "--modle=x"], "unknown flag '--modle' (did you mean '--model'?)"),
+        (
+            ["convert", "from-medusa", "a", "b", "--modle", "x"],
+            "unknown flag '--modle' (did you mean '--model'?)",
+        ),
+        (["--verson"], "unknown flag '--verson' (did you mean '--version'?)"),
+        (["generate", "--prompt", "-1", "--stop", "- a"], "are required: --model"),
+        (["inspect", "{model}", "--", "--json"], "'--json'"),
         (["generate", "--model", "{model}"], "one of --prompt and --prompts"),
         (["generate", "--model", "{model}", "--prompt", "a", "--strem"], "did you mean '--stream'"),
         (["generate", "--model", "{model}", "--prompt", "a", "--prompts", "b"], "one of"),
@@ -142,6 +153,11 @@ def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["bench", "--model", "{model}", "--prompts", "x", "--methods", "ar,ar"], "ar twice"),
         (["bench", "--model", "{model}", "--prompts", "x", "--batch-sizes", "1,01"], "1 twice"),
         (["chat", "--model", "no/such"], "no model at"),
+        # Refused before the model is looked for.
+        (["chat", "--model", "no/such", "--max-new-tokens", "0"], "at least 1"),
+        (["chat", "--model", "no/such", "--max-new-tokens", "-3"], "at least 1"),
+        (["chat", "--model", "no/such", "--stop", ""], "stop string"),
+        (["chat", "--model", "no/such", "--temperature", "nan"], "temperature"),
         (["inspect", "no/such"], "no/such"),
         (["convert", "from-hf", "no/such", "out"], "no/such"),
         (["convert", "sideways"], "from-hf"),

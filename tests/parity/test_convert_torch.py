@@ -13,7 +13,7 @@ from mtd_jax.convert.load import load
 from mtd_jax.transformer.model import forward
 from tests.support.checkpoints import BASE, FAMILIES
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.torch
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -12,7 +12,7 @@ from mtd_jax.convert.hf_config import config_from_hf
 from mtd_jax.transformer.model import forward
 from tests.support.real import gguf_file
 
-pytestmark = [pytest.mark.optimized, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.optimized
 
 CODE = Path(__file__).resolve().parents[2]
 

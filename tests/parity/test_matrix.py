@@ -1,8 +1,9 @@
 """Every kind of model against transformers: same logits, same tokens, and back again.
 
 Every prompt has 523 tokens, so positions, windows and stretched rotary embeddings count, and the
-engine reads it in two chunks. The product of family x heads x tied x rotary embedding x window is
-run whole in `make test`; the fast tests have a part of it that holds every pair of values.
+engine reads it in nine chunks of 64 rows. The product of family x heads x tied x rotary embedding x
+window is run whole in `make test`; the fast tests have a part of it that holds every pair of
+values.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mtd_jax.convert.huggingface import write_huggingface
 from mtd_jax.convert.load import load_as_stored
 from tests.support import hf
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.torch
 
 LOGITS = 1e-4
 """The largest difference of any logit in float32."""

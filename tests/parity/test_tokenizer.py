@@ -16,8 +16,6 @@ from mtd_jax.tokenizer import TextStream, Tokenizer
 from tests.support import tokenizers
 from tests.support.real import model_directory
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 @functools.cache
 def real() -> Tokenizer:

@@ -162,6 +162,37 @@ def test_chat_reads_lines_and_keeps_the_conversation(
     assert next(lines) == "never"
 
 
+def test_chat_says_once_that_acceptance_is_lossy(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is asked: it is said before the first line is read."""
+    monkeypatch.setattr("builtins.input", lambda *_: "/exit")
+    argv = ["chat", "--model", str(model), "--method", "ngram", "--option", "drafts=2"]
+    assert main(argv) == 0
+    assert "LOSSY" not in capsys.readouterr().out
+    assert main([*argv, "acceptance=typical", "--temperature", "0.7"]) == 0
+    assert capsys.readouterr().out.count("LOSSY acceptance") == 1
+
+
+def test_a_second_process_finds_all_programs_compiled(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTD_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler")
+    argv = ["generate", "--model", str(model), "--prompt", "hello", "--max-new-tokens", "4"]
+    hits: list[int] = []
+    kept: list[set[str]] = []
+    for _ in range(2):
+        done = run_program("-m", "mtd_jax.cli", *argv)
+        assert done.returncode == 0, done.stderr[-3000:]
+        hits.append(done.stderr.count("Persistent compilation cache hit"))
+        kept.append({path.name for path in (tmp_path / "xla").glob("*-cache")})
+    assert kept[0]
+    assert kept[1] == kept[0]
+    assert hits[1] >= len(kept[0]) > hits[0]
+    assert "CACHE MISS" not in done.stderr
+
+
 @pytest.mark.slow
 def test_the_program_in_infer(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--prompt", "hello", "--max-new-tokens", "10"]

@@ -146,7 +146,7 @@ def test_a_signal_leaves_whole_lines(model: str, prompts: str, tmp_path: Path) -
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     # It may have been done already, on a fast machine.
-    assert process.returncode in (0, 130), err
+    assert process.returncode in (0, 143), err
     assert "Traceback" not in err
     # The first lines may have been on their way to the disk.
     assert out.read_bytes()[-1:] in (b"\n", b"")

@@ -17,7 +17,6 @@ from mtd_jax.training.sources import Document
 from tests.support import tokenizers
 from tests.support.real import model_directory
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 PATH = Path("chats.jsonl")
 CHAT = (
     {"role": "user", "content": "What is 2 + 2?"},

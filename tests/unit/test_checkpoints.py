@@ -15,8 +15,6 @@ from mtd_jax.training.config import CheckpointConfig, LogConfig
 from mtd_jax.training.log import RunLog, read_log
 from mtd_jax.training.step import TrainState
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def _state(step: int) -> TrainState:
     return TrainState(

@@ -140,7 +140,6 @@ def test_rope_scaling(tmp_path: Path, extra: dict[str, Any], expected: RopeConfi
     assert read_config(open_gguf(path)).rope == expected
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_tokenizer_from_metadata_and_its_way_to_disk(tmp_path: Path) -> None:
     tokenizer = byte_level()
     config = hf_config(vocab_size=tokenizer.vocab_size)
@@ -160,7 +159,6 @@ def test_tokenizer_from_metadata_and_its_way_to_disk(tmp_path: Path) -> None:
     assert summarize(path)["tokenizer"]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("pre", "digits"), [("smollm", 5), ("qwen2", 5), ("llama-bpe", 2)])
 def test_pre_tokenizers_split_digits_their_way(tmp_path: Path, pre: str, digits: int) -> None:
     keys = tokenizer_keys(pre)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mtd_jax.convert.conversions import to_huggingface, to_native
 from mtd_jax.convert.fingerprint import fingerprint
@@ -165,9 +165,15 @@ def test_all_problems_are_named_together(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.9.odd"] = np.ones(3, np.float32)
     tensors["model.norm.weight"] = np.ones(31, np.float32)
+    directory = write_hf(tmp_path, config, tensors)
+    twice = ["model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]
+    save_file({name: tensors[name] for name in twice}, directory / "model-again.safetensors")
+    (directory / "model.safetensors").rename(directory / "model-once.safetensors")
     with pytest.raises(InputError) as caught:
-        load(write_hf(tmp_path, config, tensors))
+        load(directory)
     message = str(caught.value)
+    for name in twice:
+        assert f"'{name}' is in both model-again.safetensors and model-once.safetensors" in message
     assert "missing tensors: 'model.layers.1.mlp.up_proj.weight'" in message
     assert "'model.layers.9.odd'" in message
     assert "'model.norm.weight' is [31], not [32]" in message

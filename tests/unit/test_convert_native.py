@@ -179,6 +179,17 @@ def test_weights_of_another_model_are_refused(checkpoint: Path) -> None:
         load(checkpoint)
     assert "'blocks.qkv_bias' is missing" in str(caught.value)
     assert "'blocks.down' is [3, 48, 32], not [3, 64, 32]" in str(caught.value)
+    assert "more" not in str(caught.value)
+
+
+def test_a_list_of_problems_that_is_cut_says_so(checkpoint: Path) -> None:
+    """All arrays have another shape, and one is missing."""
+    values = json.loads((checkpoint / "config.json").read_text())
+    values["model"] |= {"num_layers": 2, "hidden_size": 64, "qkv_bias": True}
+    (checkpoint / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="does not fit") as caught:
+        load(checkpoint)
+    assert str(caught.value).endswith(" and 4 more")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from tests.support.checkpoints import hf_config, hf_tensors
 from tests.support.gguf_files import write_gguf
 from tests.support.tokenizers import TEMPLATE, TEXT
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 WORDS = "the then there therefore other others in inner  thin"
 SPECIAL = ["<|user|>", "<|bot|>"]
 

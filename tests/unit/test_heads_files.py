@@ -217,6 +217,12 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         source = _published(tmp_path / name, "original", **changes)
         with pytest.raises(InputError, match=words):
             read_medusa(source, MODEL)
+    twice = _published(tmp_path / "twice", "original", **{"1.1.weight": None})
+    (file,) = twice.glob("*.safetensors")
+    file.rename(twice / "a.safetensors")
+    shutil.copyfile(twice / "a.safetensors", twice / "b.safetensors")
+    with pytest.raises(InputError, match=r"'0.0.linear.bias' is in both a.*lacks 1\.1\.weight"):
+        read_medusa(twice, MODEL)
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "medusa_lm_head.pt").write_bytes(b"x")
     for path in (tmp_path / "pickled", tmp_path / "pickled" / "medusa_lm_head.pt"):

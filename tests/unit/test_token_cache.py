@@ -16,7 +16,6 @@ from mtd_jax.training.sources import read_documents
 from mtd_jax.training.token_cache import Tokens, load_tokens
 from tests.support import tokenizers
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 Load = Callable[..., Tokens]
 
 

@@ -25,7 +25,6 @@ from mtd_jax.transformer.packed import Packed
 from tests.support import tiny, tokenizers
 from tests.support.real import model_directory
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 FIELDS = [field.name for field in dataclasses.fields(Packed)]
 Document = tuple[list[int], list[bool]]
 
