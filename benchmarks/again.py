@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tables import PAGES, rendered  # type: ignore[import-not-found]
+import tables  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,8 +40,7 @@ def main() -> None:
             sys.exit(f"again.py: no result '{name}' whose command says --out (see --list)")
     for name in args.names:
         measure_again(name, str(known[name]["command"]))
-    for page in PAGES:
-        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+    tables.main()
 
 
 def measure_again(name: str, command: str) -> None:

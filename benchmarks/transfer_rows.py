@@ -10,6 +10,7 @@ same layers make of the token that really stands at n + i.
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,16 @@ from mtd_jax.cli.page import make_parser, run
 from mtd_jax.cli.train import prepare_run
 from mtd_jax.convert.heads import load_heads
 from mtd_jax.evaluation import environment, plot
-from mtd_jax.methods.transfer import HiddenTransferSpec, TransferWeights, Way
+from mtd_jax.methods.transfer import (
+    HiddenTransferSpec,
+    TransferWeights,
+    Way,
+    rows_by_stage,
+)
 from mtd_jax.training.config import read_config
 from mtd_jax.training.loop import held_out_parts
-from mtd_jax.transformer.model import Parameters, embed
-from mtd_jax.transformer.packed import Packed, packed_rows, shifted
-from mtd_jax.transformer.stack import frozen_range, train_beside
+from mtd_jax.transformer.model import Parameters
+from mtd_jax.transformer.packed import Packed, shifted
 from mtd_jax.typing import Array, Float
 
 
@@ -41,28 +46,15 @@ def similarities(
 
     A map that has not been applied yet has 0.
     """
-    config, first = base.config, way.marks[0]
-    rows = packed_rows(config, batch)
-    x = frozen_range(config, base.blocks, embed(base, batch.tokens), 0, first, rows=rows)
-    count = len(way.layers)
+    count, first = len(way.layers), way.marks[0]
     counted = jnp.stack([batch.targets(i + 2)[1] for i in range(count)], axis=-1)
-    pseudo: Any = None
+    stages = itertools.pairwise(range(first, base.config.num_layers + 1))
     found = []
-    for layer in range(first, config.num_layers + 1):
-        if layer in way.marks:
-            pseudo = way.entered(weights, x, pseudo, layer)
-        inside = [i for i in range(count) if way.layers[i] <= layer]
+    for layer, x, pseudo in rows_by_stage(way, weights, base, batch, stages):
+        inside = np.array([i for i in range(count) if way.layers[i] <= layer])
         real = jnp.stack([shifted(x, i + 1) for i in inside], axis=2)
-        alike = jnp.where(counted[..., jnp.asarray(inside)], _cosine(pseudo, real), 0.0)
-        sums = jnp.zeros(count, jnp.float32).at[jnp.asarray(inside)].set(alike.sum((0, 1)))
-        found.append(sums)
-        if layer < config.num_layers:
-            beside = way.beside(config, layer, rows.positions, rows.mask, rows.keys)
-            flat = pseudo.reshape(pseudo.shape[0], -1, pseudo.shape[-1])
-            x, flat = train_beside(
-                config, base.blocks, x, flat, layer, layer + 1, rows=rows, beside=beside
-            )
-            pseudo = flat.reshape(pseudo.shape)
+        alike = jnp.where(counted[..., inside], _cosine(pseudo, real), 0.0)
+        found.append(jnp.zeros(count, jnp.float32).at[inside].set(alike.sum((0, 1))))
     return jnp.stack(found), counted.sum((0, 1), dtype=jnp.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         task = bar.add_task("measuring memory bandwidth", total=steps)
         result = bench(
             model,
-            {c.label: lambda size, c=c: fitter.fit(c, size) for c in choices},  # type: ignore[misc]
+            {choice.label: functools.partial(fitter.fit, choice) for choice in choices},
             prompts,
             batch_sizes=sizes,
             max_new_tokens=args.max_new_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -22,8 +23,11 @@ def terminable() -> Iterator[None]:
 
     One that follows soon is not heard: coreutils' `timeout` sends two, and the second would stop
     the removal of what is half made. A later one is: the first may have come in a finaliser, where
-    exceptions are lost.
+    exceptions are lost. Signals reach the main thread alone; elsewhere nothing is changed.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     asked = -math.inf
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -41,8 +41,7 @@ def draw_chain(
     batch, vocab = state.pending.shape[0], params.config.vocab_size
     length, sampling = state.cache.length, state.requests.sampling
     drawing = drafting_rows(sampling, length)
-    # The pass itself emits one: of the last token wanted nothing is drafted.
-    limit = jnp.minimum(limit, state.requests.budget - 1)
+    limit = jnp.minimum(limit, state.useful_drafts)
     any_sampled = jnp.any(sampling.temperature > 0)
 
     def unfinished(carry: Any) -> Bool[Array, ""]:

@@ -102,6 +102,12 @@ class DecodeState(struct.PyTreeNode):
     """Whatever else the method keeps between steps: arrays [B, ...]."""
 
     @property
+    def useful_drafts(self) -> Int[Array, " B"]:
+        """Accepted drafts that a pass may still emit: one of the tokens wanted is its own."""
+        budget: jax.Array = self.requests.budget
+        return jnp.maximum(budget - 1, 0)
+
+    @property
     def history(self) -> History:
         """The text of every row, its pending token included."""
         return History(self.text, self.cache.length + 1, self.prompt_length)

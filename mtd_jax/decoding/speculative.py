@@ -62,9 +62,8 @@ def verify_drafts(
       acceptance: `exact`: at every node a token is drawn with the key of its position, so that what
         is emitted is what plain decoding emits, at any temperature. `typical` is lossy.
     """
-    # The pass itself emits one: what is deeper than the tokens still wanted would be cut.
-    wanted = jnp.asarray(tree.depth)[None, 1:] < state.requests.budget[:, None]
-    drafts = jnp.where(wanted, drafts, -1)
+    useful = jnp.asarray(tree.depth)[None, 1:] <= state.useful_drafts[:, None]
+    drafts = jnp.where(useful, drafts, -1)
     on_tree = jnp.pad(drafts, ((0, 0), (1, 0)))
     x, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend, output)
     batch, nodes, vocab = logits.shape
@@ -97,7 +96,7 @@ def verify_draws(
     `output` for `model.unembed`.
     """
     tree = TokenTree.chain(drafts.shape[1])
-    count = jnp.clip(count, 0, jnp.maximum(state.requests.budget - 1, 0))
+    count = jnp.minimum(count, state.useful_drafts)
     real = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
     on_tree = jnp.pad(jnp.where(real, drafts, -1), ((0, 0), (1, 0)))
     x, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend, output)

@@ -37,8 +37,7 @@ def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = {r["batch_size"]: r["speedup_vs_ar"] for r in rows if r["method"] == method}
         known = [size for size in sizes if mine.get(size) is not None]
-        lossless = all(row["lossless"] for row in rows if row["method"] == method)
-        label = method if lossless else f"{method} (lossy)"
+        label = next(_label(row) for row in rows if row["method"] == method)
         left.plot(
             [sizes.index(s) for s in known], [mine[s] for s in known], marker="o", label=label
         )
@@ -52,7 +51,7 @@ def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for i, row in enumerate(smallest):
         steps = sum(row["acceptance_histogram"])
         shares = [count / steps for count in row["acceptance_histogram"]]
-        right.bar([x + i * width for x in range(len(shares))], shares, width, label=row["method"])
+        right.bar([x + i * width for x in range(len(shares))], shares, width, label=_label(row))
     right.set(
         title=f"drafts accepted a step (batch {sizes[0]})",
         xlabel="accepted drafts",
@@ -61,6 +60,10 @@ def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if smallest:
         right.legend()
     _save(figure, path)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return str(row["method"]) if row["lossless"] else f"{row['method']} (lossy)"
 
 
 def plot_step_cost(curves: Mapping[str, Mapping[int, float]], path: Path) -> None:

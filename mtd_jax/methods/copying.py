@@ -75,8 +75,8 @@ class Copying(BaseMethod):
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Copies drafts out of the text and verifies the number of them that pays."""
         drafts, kind = self.propose(state)
-        wanted = jnp.maximum(state.requests.budget - 1, 0)
-        available = jnp.minimum(jnp.sum(drafts >= 0, axis=1, dtype=jnp.int32), wanted)
+        available = jnp.sum(drafts >= 0, axis=1, dtype=jnp.int32)
+        available = jnp.minimum(available, state.useful_drafts)
         rates: AcceptanceRates = state.extra
         rate = rates.of(kind)
         weight = urgency(state.active, state.requests.budget)

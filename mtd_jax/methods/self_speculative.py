@@ -99,7 +99,7 @@ class SelfSpeculative(BaseMethod):
         adaptation: _Adaptation = state.extra
         kind = jnp.zeros_like(state.pending)
         rate = adaptation.rates.of(kind)
-        most = jnp.clip(state.requests.budget - 1, 0, self.sizes[-1] - 1)
+        most = jnp.minimum(state.useful_drafts, self.sizes[-1] - 1)
         weight = urgency(state.active, state.requests.budget)
         chosen = best_size(self.sizes, self.costs, rate, most, weight)
         limit = jnp.asarray(self.sizes, jnp.int32)[chosen] - 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -210,16 +211,33 @@ def hidden_states(
 
     Gradients reach the weights alone. Layers below the first transfer store nothing.
     """
+    found = rows_by_stage(way, weights, base, batch, way.stages(base.config))
+    *_, (_, x, pseudo) = found
+    return x, pseudo
+
+
+def rows_by_stage(
+    way: Way,
+    weights: TransferWeights,
+    base: Parameters,
+    batch: Packed,
+    stages: Iterable[tuple[int, int]],
+) -> Iterator[tuple[int, Float[Array, "B T D"], Float[Array, "B T entered D"]]]:
+    """Layers passed, the text's rows and the pseudo rows: as they enter each stage, and at the end.
+
+    Args:
+      stages: `Way.stages`, or finer ones.
+    """
     config, base = base.config, jax.lax.stop_gradient(base)
     rows = packed_rows(config, batch)
-    x = embed(base, batch.tokens)
-    x = frozen_range(config, base.blocks, x, 0, way.marks[0], rows=rows)
+    x = frozen_range(config, base.blocks, embed(base, batch.tokens), 0, way.marks[0], rows=rows)
     pseudo = None
-    for start, stop in way.stages(config):
+    for start, stop in stages:
         pseudo = way.entered(weights, x, pseudo, start)
+        yield start, x, pseudo
         beside = way.beside(config, start, rows.positions, rows.mask, rows.keys)
         flat = pseudo.reshape(pseudo.shape[0], -1, pseudo.shape[-1])
         x, flat = train_beside(config, base.blocks, x, flat, start, stop, rows=rows, beside=beside)
         pseudo = flat.reshape(pseudo.shape)
     assert pseudo is not None  # there is a map at least
-    return x, pseudo
+    yield config.num_layers, x, pseudo
