@@ -35,7 +35,7 @@ Let a model answer prompts, many at a time; its own answers are the best text to
 
 --prompts is a file as for `mtd generate`. --out gets one JSON object a line:
   {"id", "token_ids": prompt and answer with its end token, "prompt_tokens": how many of them are
-   the prompt, "temperature", "seed", "finish_reason", "text": the answer}
+   the prompt, "temperature", "seed", "finish_reason", "answer_text"}
 
 Each answer takes one of the temperatures; which one, and what it draws, follow from --seed and the
 prompt's id alone. A run that was stopped, even killed, goes on when the same command is given

@@ -160,7 +160,7 @@ def answer(
             "temperature": task.sampling.temperature,
             "seed": task.sampling.seed,
             "finish_reason": done.finish_reason,
-            "text": done.text,
+            "answer_text": done.text,
         }
         for task, done in zip(batch, completions, strict=True)
     ]

@@ -15,6 +15,7 @@ import pytest
 from mtd_jax.cli import distill
 from mtd_jax.cli.main import main
 from mtd_jax.training.distill import Recipe, Task, answer, batches, make_plan
+from mtd_jax.training.sources import read_documents
 from tests.support import tiny
 from tests.support.checkpoints import hf_config, write_hf
 from tests.support.command_line import environment
@@ -73,6 +74,17 @@ def test_lines_hold_prompt_and_answer(whole: Path, model: str, prompts: str) -> 
         assert line["finish_reason"] == ("stop" if new[-1] == 2 else "length")
     assert {line["temperature"] for line in lines.values()} == {0.0, 0.7, 1.0}
     assert len({line["seed"] for line in lines.values()}) == len(PROMPTS)
+
+
+def test_lines_are_read_as_training_text(whole: Path) -> None:
+    lines = _lines(whole)
+    found = {document.token_ids: document.answer for document in read_documents(whole)}
+    assert found == {
+        tuple(line["token_ids"]): tuple(
+            i >= line["prompt_tokens"] for i in range(len(line["token_ids"]))
+        )
+        for line in lines.values()
+    }
 
 
 def test_answers_are_those_of_generate(
