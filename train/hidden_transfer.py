@@ -26,23 +26,21 @@ from mtd_jax.methods.transfer import HiddenTransferSpec, hidden_states
 from mtd_jax.training.batches import batches
 from mtd_jax.training.config import DataConfig
 from mtd_jax.training.data import prepare
-from mtd_jax.transformer.losses import divergence
-from mtd_jax.transformer.model import Parameters
-from mtd_jax.transformer.packed import Packed, shifted
+from mtd_jax.transformer.losses import divergences
+from mtd_jax.transformer.model import Parameters, normed
+from mtd_jax.transformer.packed import Packed
 from train.common import make_parser
 
 
 def loss(weights: Any, base: Parameters, batch: Packed, spec: HiddenTransferSpec) -> Any:
     """sum_i decay^i mean_n KL(the base at n + i + 1 || pseudo row i of n), i from 0."""
     x, pseudo = hidden_states(spec.way(base.config), weights, base, batch)
-    total, right = jnp.float32(0), []
-    for i in range(spec.count):
-        wanted = batch.targets(i + 2)[1]
-        found = divergence(base, pseudo[:, :, i], shifted(x, i + 1), wanted, chunk=256)
-        share = jnp.maximum(wanted.sum(dtype=jnp.float32), 1.0)
-        total = total + spec.decay**i * found["loss"] / share
-        right.append(found["right"] / share)
-    return total, jnp.stack(right)
+    wanted = jnp.stack([batch.targets(i + 2)[1] for i in range(spec.count)], axis=2)
+    share = wanted / jnp.maximum(wanted.sum((0, 1), dtype=jnp.float32), 1.0)
+    decay = spec.decay ** jnp.arange(spec.count, dtype=jnp.float32)
+    rows, guesses = normed(base, x), normed(base, pseudo)
+    total, right = divergences(base, rows, guesses, decay.reshape(1, 1, -1) * share, chunk=256)
+    return total, right / jnp.maximum(wanted.sum((0, 1)), 1)
 
 
 def main() -> None:

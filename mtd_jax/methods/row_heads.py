@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from mtd_jax.decoding.heads import HeadsSpec
 from mtd_jax.errors import InputError
-from mtd_jax.transformer.losses import Totals, cross_entropy, divergence, mapped_over_chunks
+from mtd_jax.transformer.losses import Totals, cross_entropy, divergences, mapped_over_chunks
 from mtd_jax.transformer.model import Parameters, project
-from mtd_jax.transformer.packed import Packed, shifted
+from mtd_jax.transformer.packed import Packed
 from mtd_jax.typing import Array, Float, Int
 
 _MOST_HEADS = 16
@@ -78,27 +78,36 @@ class RowHeadsSpec(HeadsSpec):
         """sum_i decay^i mean_n L_i(n), and how often each head's best guess is right."""
         base = jax.lax.stop_gradient(base)
         h, rows = self.rows(weights, base, batch)
-        loss, measured = jnp.float32(0), {}
-        for i in range(self.count):
-            targets, wanted = batch.targets(i + 2)
-            reader = self.reader(weights, base, i)
-            if self.loss == "distillation":
-                found = divergence(
+        readers = tuple(self.reader(weights, base, i) for i in range(self.count))
+        wanted = [batch.targets(i + 2)[1] for i in range(self.count)]
+        shares = [self.decay**i / _least_one(counts[_count(i)]) for i in range(self.count)]
+        if self.loss == "distillation":
+            weighed = [jnp.where(w, s, 0.0) for w, s in zip(wanted, shares, strict=True)]
+            loss, right = divergences(
+                base,
+                h,
+                rows,
+                jnp.stack(weighed, axis=2),
+                chunk=chunk,
+                readers=() if all(reader is base for reader in readers) else readers,
+            )
+        else:
+            found = [
+                cross_entropy(
                     reader,
-                    rows[..., i, :],
-                    shifted(h, i + 1),
-                    wanted,
+                    rows[:, :, i],
+                    batch.targets(i + 2)[0],
+                    wanted[i],
                     chunk=chunk,
                     normed=True,
-                    base=None if reader is base else base,
                 )
-            else:
-                found = cross_entropy(
-                    reader, rows[..., i, :], targets, wanted, chunk=chunk, normed=True
-                )
-            share = jnp.maximum(counts[_count(i)], 1.0)
-            loss = loss + self.decay**i * found["loss"] / share
-            measured[f"accuracy_{i + 1}"] = found["right"] / share
+                for i, reader in enumerate(readers)
+            ]
+            losses = [s * each["loss"] for s, each in zip(shares, found, strict=True)]
+            loss, right = sum(losses[1:], losses[0]), jnp.stack([each["right"] for each in found])
+        measured = {
+            f"accuracy_{i + 1}": right[i] / _least_one(counts[_count(i)]) for i in range(self.count)
+        }
         return loss, {"loss": loss, **measured}
 
     def guesses(
@@ -123,6 +132,10 @@ def ranked(
 
     found: jax.Array = mapped_over_chunks(of_chunk, rows, chunk)
     return found
+
+
+def _least_one(count: jax.Array) -> jax.Array:
+    return jnp.maximum(count, 1.0)
 
 
 def _count(i: int) -> str:

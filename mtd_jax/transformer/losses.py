@@ -13,7 +13,7 @@ and their gradient is scattered once behind. Left to the compiler, every chunk w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from jax import lax
 from mtd_jax.config import ModelConfig
 from mtd_jax.sharding import Shares, shares_of_batch
 from mtd_jax.transformer.model import Parameters, declare, project, unembed
+from mtd_jax.transformer.packed import delayed
 from mtd_jax.typing import Array, Bool, Float, Int
 
 Totals: TypeAlias = dict[str, Float[Array, ""]]
@@ -188,47 +189,56 @@ def cross_entropy(
     return summed_over_chunks(loss, output_weights(params), x, data, chunk, axes)
 
 
-def divergence(
-    params: Parameters,
-    x: Float[Array, "B T D"],
+def divergences(
+    base: Parameters,
     teacher: Float[Array, "B T D"],
-    counts: Bool[Array, "B T"],
+    students: Float[Array, "B T k D"],
+    shares: Float[Array, "B T k"],
     *,
     chunk: int,
-    normed: bool = False,
-    base: Parameters | None = None,
-) -> Totals:
-    """Sums of KL(teacher || x) ("loss") and of equal best tokens ("right") over rows that count.
+    readers: Sequence[Parameters] = (),
+) -> tuple[Float[Array, ""], Float[Array, " k"]]:
+    """Sum of shares * KL(teacher || student), and how many of each head's best guesses are right.
 
-    No gradient flows into `teacher` or, through it, into the head.
+    Student i of position n guesses what the teacher says at n + i + 1. Its logits there are made
+    once for the k students. All rows are behind the final norm. No gradient flows into `teacher`
+    or, through it, into `base`.
 
     Args:
-      params: final norm and output head are used.
-      x: rows before the final norm, or behind it if `normed`.
-      teacher: the same.
-      chunk: positions whose logits exist at a time.
-      normed: see `x`.
-      base: whose output head reads `teacher`, where it is another one than reads `x`.
+      base: whose output head reads the teacher.
+      shares: what each student counts for; 0 for those that do not, among them all whose teacher
+        would lie behind the end.
+      chunk: positions of the logits of a teacher and one student, which is what exists at a time.
+      readers: whose output heads read the students, where it is not `base` for all.
     """
-    read = (params,) if base is None else (params, base)
-    logits_of = project if normed else unembed
+    count = students.shape[2]
+    read = (base, *readers)
+    students, shares = (
+        jnp.stack([delayed(x[:, :, i], i + 1) for i in range(count)], axis=2)
+        for x in (students, shares)
+    )
 
-    def loss(weights: Any, x: Array, data: tuple[Array, Array]) -> Totals:
-        teacher, counts = data
-        pairs = zip(read, weights, strict=True)
-        heads = [only_output(each.config, pair) for each, pair in pairs]
-        wanted = logits_of(lax.stop_gradient(heads[-1]), teacher)
-        log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(logits_of(heads[0], x))
-        kl = (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-        right = (jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)) & counts
-        return {
-            "loss": jnp.where(counts, kl, 0.0).sum(),
-            "right": right.astype(jnp.float32).sum(),
-        }
+    def loss(weights: Any, students: Array, data: tuple[Array, Array]) -> Totals:
+        teacher, shares = data
+        heads = [only_output(p.config, w) for p, w in zip(read, weights, strict=True)]
+        wanted = project(jax.lax.stop_gradient(heads[0]), teacher)
+        log_p = jax.nn.log_softmax(wanted)
+        p, best = jnp.exp(log_p), jnp.argmax(log_p, axis=-1)
+        totals = {"loss": jnp.float32(0)}
+        for i in range(count):
+            logits = project(heads[1 + i] if readers else heads[0], students[:, :, i])
+            log_q = jax.nn.log_softmax(logits)
+            kl = (p * (log_p - log_q)).sum(axis=-1)
+            totals["loss"] += jnp.where(shares[..., i] > 0, shares[..., i] * kl, 0.0).sum()
+            right = (jnp.argmax(log_q, axis=-1) == best) & (shares[..., i] > 0)
+            totals[f"right_{i}"] = right.astype(jnp.float32).sum()
+        return totals
 
     weights = tuple(output_weights(each) for each in read)
     axes = tuple(itertools.chain.from_iterable(output_axes(each.config) for each in read))
-    return summed_over_chunks(loss, weights, x, (teacher, counts), chunk, axes)
+    chunk = max(1, 2 * chunk // (1 + count))
+    totals = summed_over_chunks(loss, weights, students, (teacher, shares), chunk, axes)
+    return totals["loss"], jnp.stack([totals[f"right_{i}"] for i in range(count)])
 
 
 def output_weights(params: Parameters) -> Any:

@@ -48,6 +48,13 @@ def shifted(x: Array, by: int) -> Array:
     return jnp.pad(x[:, by:], [(0, 0), (0, min(by, x.shape[1]))] + [(0, 0)] * (x.ndim - 2))
 
 
+def delayed(x: Array, by: int) -> Array:
+    """Of an array [B, T, ...]: at every position what stands `by` places before; 0 at the start."""
+    length = x.shape[1]
+    kept = x[:, : max(0, length - by)]
+    return jnp.pad(kept, [(0, 0), (min(by, length), 0)] + [(0, 0)] * (x.ndim - 2))
+
+
 def unpacked(
     tokens: Int[Array, "B T"], prompts: Int[Array, " B"], lengths: Int[Array, " B"]
 ) -> Packed:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtd_jax.transformer.losses import cross_entropy, divergence
-from mtd_jax.transformer.model import Parameters, unembed
+from mtd_jax.transformer.losses import cross_entropy, divergences
+from mtd_jax.transformer.model import Parameters, project, unembed
+from mtd_jax.transformer.packed import shifted
 from tests.support import tiny
 
 LENGTH = 13
@@ -36,29 +37,60 @@ def _plain_cross_entropy(params: Parameters, x: jax.Array) -> jax.Array:
     return -jnp.where(counts, own, 0.0).sum()
 
 
-def _plain_divergence(params: Parameters, x: jax.Array) -> jax.Array:
-    _, teacher, _, counts = _data()
-    log_p = jax.nn.log_softmax(unembed(jax.lax.stop_gradient(params), teacher))
-    log_q = jax.nn.log_softmax(unembed(params, x))
-    return jnp.where(counts, (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1), 0.0).sum()
+def _students() -> tuple[jax.Array, jax.Array]:
+    """Three for every position, and what each counts for where it has a teacher."""
+    keys = jax.random.split(jax.random.key(5), 3)
+    shares = jax.random.uniform(keys[1], (2, LENGTH, 3))
+    counts = jax.random.bernoulli(keys[2], 0.6, (2, LENGTH, 3))
+    places = jnp.arange(LENGTH)[None, :, None] + jnp.arange(1, 4)[None, None, :]
+    shares = jnp.where(counts & (places < LENGTH), shares, 0.0)
+    return jax.random.normal(keys[0], (2, LENGTH, 3, 32)), shares
+
+
+def _plain_divergences(
+    base: Parameters, readers: tuple[Parameters, ...], students: jax.Array
+) -> jax.Array:
+    _, teacher, _, _ = _data()
+    whole = jax.nn.log_softmax(project(jax.lax.stop_gradient(base), teacher))
+    loss = jnp.float32(0)
+    for i, reader in enumerate(readers or (base,) * 3):
+        log_p = shifted(whole, i + 1)
+        log_q = jax.nn.log_softmax(project(reader, students[:, :, i]))
+        kl = (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+        loss += (_students()[1][..., i] * kl).sum()
+    return loss
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 13, 100])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_values_and_gradients_are_those_of_whole_logits(name: str, chunk: int) -> None:
     params = tiny.params(tiny.config(**CONFIGS[name]))
-    x, teacher, targets, counts = _data()
+    x, _, targets, counts = _data()
 
     def chunked_ce(params: Parameters, x: jax.Array) -> jax.Array:
         return cross_entropy(params, x, targets, counts, chunk=chunk)["loss"]
 
-    def chunked_kl(params: Parameters, x: jax.Array) -> jax.Array:
-        return divergence(params, x, teacher, counts, chunk=chunk)["loss"]
+    got = jax.jit(jax.value_and_grad(chunked_ce, argnums=(0, 1)))(params, x)
+    want = jax.value_and_grad(_plain_cross_entropy, argnums=(0, 1))(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
-    for mine, plain in ((chunked_ce, _plain_cross_entropy), (chunked_kl, _plain_divergence)):
-        got = jax.jit(jax.value_and_grad(mine, argnums=(0, 1)))(params, x)
-        want = jax.value_and_grad(plain, argnums=(0, 1))(params, x)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_divergences_are_those_of_whole_logits(name: str, chunk: int, own: bool) -> None:
+    config = tiny.config(**CONFIGS[name])
+    base, (students, shares), (_, teacher, _, _) = tiny.params(config), _students(), _data()
+    readers = tuple(tiny.params(config, seed=i) for i in (1, 2, 3)) if own else ()
+
+    def chunked(
+        base: Parameters, readers: tuple[Parameters, ...], students: jax.Array
+    ) -> jax.Array:
+        return divergences(base, teacher, students, shares, chunk=chunk, readers=readers)[0]
+
+    got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1, 2)))(base, readers, students)
+    want = jax.value_and_grad(_plain_divergences, argnums=(0, 1, 2))(base, readers, students)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
 def test_right_guesses_are_counted() -> None:
@@ -69,9 +101,15 @@ def test_right_guesses_are_counted() -> None:
     assert int(found) == int(counts.sum())
     other = jnp.where(targets == best, (best + 1) % 97, targets)
     assert int(cross_entropy(params, x, other, counts, chunk=5)["right"]) == 0
-    agreeing = best == jnp.argmax(unembed(params, teacher), axis=-1)
-    found = divergence(params, x, teacher, counts, chunk=5)["right"]
-    assert int(found) == int((agreeing & counts).sum())
+    students, shares = _students()
+    best = jnp.argmax(project(params, teacher), axis=-1)
+    best = jnp.stack([shifted(best, i + 1) for i in range(3)], axis=2)
+    agreeing = jnp.argmax(project(params, students), axis=-1) == best
+    right = divergences(params, teacher, students, shares, chunk=5)[1]
+    np.testing.assert_array_equal(right, (agreeing & (shares > 0)).sum((0, 1)))
+    itself = jnp.stack([shifted(teacher, i + 1) for i in range(3)], axis=2)
+    right = divergences(params, teacher, itself, shares, chunk=5)[1]
+    np.testing.assert_array_equal(right, (shares > 0).sum((0, 1)))
 
 
 def test_the_gradient_can_be_scaled() -> None:
@@ -101,6 +139,16 @@ def test_a_frozen_head_is_not_multiplied_for_a_gradient() -> None:
     assert _products(loss, x, params) == 1
     assert _products(jax.grad(loss), x, params) == 2
     assert _products(jax.grad(loss, argnums=(0, 1)), x, params) == 3
+
+
+def test_a_teacher_of_three_students_is_read_once() -> None:
+    params, (students, shares), (_, teacher, _, _) = tiny.params(), _students(), _data()
+
+    def loss(students: jax.Array) -> jax.Array:
+        return divergences(params, teacher, students, shares, chunk=4)[0]
+
+    assert _products(loss, students) == 4
+    assert _products(jax.grad(loss), students) == 7
 
 
 def test_memory_is_a_chunk_not_the_batch() -> None:
