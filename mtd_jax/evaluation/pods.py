@@ -206,13 +206,7 @@ class DecodePlan:
         for name in names:
             options = config.options if name == config.method else {}
             makers[name], weights[name] = _maker(name, options, model, mesh)
-            try:
-                method = jax.eval_shape(makers[name], weights[name])
-            except jax.errors.ConcretizationTypeError:
-                # Of independent_heads: each layer's weights are taken apart where they lie.
-                raise InputError(
-                    f"method '{name}' cannot be made from shapes, without trained heads"
-                ) from None
+            method = jax.eval_shape(makers[name], weights[name])
             method.check(model, frozenset())
         return cls(model, topology, mesh, makers, weights, batch, capacity)
 

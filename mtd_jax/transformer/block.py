@@ -178,6 +178,8 @@ def unstack(blocks: Block) -> tuple[Block, ...]:
 
 
 def _split(stack: jax.Array) -> list[jax.Array]:
+    if isinstance(stack, jax.core.Tracer):
+        return list(stack)  # of shapes alone: `mtd compile`
     device, *others = stack.devices()
     if others or device.platform != "cpu":
         return list(stack)
