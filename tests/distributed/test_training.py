@@ -171,45 +171,62 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _together(place: Path, out: Path, **changes: Any) -> list[subprocess.Popen[str]]:
+def _together(
+    place: Path, out: Path, devices: int = 1, **changes: Any
+) -> list[subprocess.Popen[str]]:
+    """Two processes of so many devices each."""
     port = _free_port()
+    environment = command_line.environment(devices=devices)
     return [
         _start(
             place,
             out,
             *("--coordinator", f"127.0.0.1:{port}"),
             *("--process-count", "2", "--process-index", str(index)),
+            environment=environment,
             **{"mesh__data": 0, **changes},
         )
         for index in range(2)
     ]
 
 
-@pytest.mark.parametrize("mesh", [{}, {"mesh__data": 1, "mesh__fsdp": 2}], ids=["data", "fsdp"])
-def test_two_processes_train_as_one(place: Path, mesh: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [
+        pytest.param(1, {}, id="data"),
+        pytest.param(1, {"mesh__data": 1, "mesh__fsdp": 2}, id="fsdp"),
+        # Each process is a slice: weights are shared out within it, gradients summed across.
+        pytest.param(2, {"mesh__data": 1, "mesh__fsdp": 2, "mesh__slices": 2}, id="slices"),
+    ],
+)
+def test_two_processes_train_as_one(place: Path, devices: int, mesh: dict[str, Any]) -> None:
     """To the bit as one process with two devices, and to 1e-5 relative as one device.
 
-    A sum over two devices is added in another order than on one (float32).
+    A sum over several devices is added in another order than on one (float32), and one over slices
+    of several processes in another than over slices of one.
     """
     (place / "prompts.jsonl").write_text('{"prompt": "the fox"}\n' * 3, encoding="utf-8")
     few: dict[str, Any] = {
-        "optimizer__steps": 12,
-        "evaluate__every": 6,
+        "optimizer__steps": 8,
+        "evaluate__every": 4,
         "evaluate__prompts": str(place / "prompts.jsonl"),
         "evaluate__new_tokens": 8,
     }
     outs = {name: place / f"{name}-{len(mesh)}" for name in ("two", "one", "single")}
-    for process in _together(place, outs["two"], **few, **mesh):
+    for process in _together(place, outs["two"], devices, **few, **mesh):
         _ended(process)
-    devices = command_line.environment(devices=2)
-    _ended(_start(place, outs["one"], environment=devices, **few, **{"mesh__data": 0, **mesh}))
+    here = command_line.environment(devices=2 * devices)
+    _ended(_start(place, outs["one"], environment=here, **few, **{"mesh__data": 0, **mesh}))
     _ended(_start(place, outs["single"], **few))
     logs = {name: log_of(out) for name, out in outs.items()}
     assert any("held_out_decoded_as_before" in line for line in logs["two"])
+    for other in ("one", "single"):
+        np.testing.assert_allclose(losses(logs["two"]), losses(logs[other]), rtol=1e-5)
+    if devices > 1:
+        return
     assert logs["two"] == logs["one"]
-    np.testing.assert_allclose(losses(logs["two"]), losses(logs["single"]), rtol=1e-5)
     # Restored by one process on one device.
-    finals = {name: _final(place, outs[name], 12) for name in ("two", "one")}
+    finals = {name: _final(place, outs[name], 8) for name in ("two", "one")}
     assert_same_bits(finals["two"][0], finals["one"][0])
     assert finals["two"][1] == finals["one"][1]
     models = [read_info(outs[name] / "model").fingerprint for name in ("two", "one")]
