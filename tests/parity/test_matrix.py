@@ -74,7 +74,7 @@ def _tensors(directory: Path) -> dict[str, np.ndarray]:
 def test_logits_are_those_of_transformers_in_both_directions(
     tmp_path: Path,
     variant: hf.Variant,
-    load: Callable[[Path], mtd.LanguageModel],
+    load: Callable[..., mtd.LanguageModel],
     record_property: Callable[[str, object], None],
 ) -> None:
     source, written = tmp_path / "source", tmp_path / "written"
@@ -115,16 +115,21 @@ def test_decoding_against_the_cache_gives_the_tokens_of_transformers(
 
 
 @pytest.mark.slow
-@SELECTED
+@pytest.mark.parametrize(
+    ("variant", "load"), _params((*_representative(), *hf.EXTRAS), hf.product())
+)
 def test_bfloat16_diverges_little(
-    tmp_path: Path, variant: hf.Variant, record_property: Callable[[str, object], None]
+    tmp_path: Path,
+    variant: hf.Variant,
+    load: Callable[..., mtd.LanguageModel],
+    record_property: Callable[[str, object], None],
 ) -> None:
     hf.save_reference(tmp_path, variant)
     tokens = hf.prompt()
     reference = hf.load_reference(tmp_path, "bfloat16")
     assert reference.model.rotary_emb.inv_freq.dtype.itemsize == 4  # as where it is used
     expected = hf.logits(reference, tokens)
-    model = mtd.load(tmp_path, dtype="bfloat16")
+    model = load(tmp_path, dtype="bfloat16")
     assert model.params.embedding.dtype == "bfloat16"
     kl = hf.mean_kl(expected, np.asarray(mtd.logits(model, tokens)))
     record_property("mean KL", kl)
