@@ -30,7 +30,7 @@ from tests.support.training import (
     write_texts,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 
 STEPS = 40
 # Large enough that a save takes a moment in which it can be interrupted.

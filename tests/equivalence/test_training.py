@@ -28,8 +28,6 @@ from tests.support.training import (
     write_texts,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 MESHES: list[dict[str, Any]] = [
     {"mesh__data": 8},
     {"mesh__data": 1, "mesh__fsdp": 8},

@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.optimized,
     pytest.mark.torch,
-    pytest.mark.filterwarnings("ignore"),
 ]
 
 NEW_TOKENS = 128

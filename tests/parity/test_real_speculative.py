@@ -10,7 +10,7 @@ import mtd_jax as mtd
 from mtd_jax.evaluation.losslessness import verify
 from tests.support.real import model_directory
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 PROMPTS = (
     "Repeat this list three times:\n- apples\n- pears\n- a loaf of bread\n- two bottles of milk",

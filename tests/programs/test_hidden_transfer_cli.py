@@ -11,8 +11,6 @@ import pytest
 from tests.support.command_line import assert_refused, printed_by, run_commands
 from tests.support.training import write_config, write_place
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,8 +17,6 @@ from mtd_jax.training.loop import fit
 from tests.support.command_line import assert_refused, run_commands
 from tests.support.training import log_of, make_run, write_config, write_place
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 # So fast that the held-out loss rises again: 7 behind step 2, 11 behind step 4.
 TOO_FAST: dict[str, Any] = {
     "optimizer__learning_rate": 0.5,

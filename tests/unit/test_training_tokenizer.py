@@ -12,8 +12,6 @@ from mtd_jax.training.config import DataConfig
 from mtd_jax.training.data import Datasets, prepare
 from tests.support import tiny, tokenizers
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def prepared(path: Path, **changes: Any) -> Datasets:
     """A text by the tokenizer of the tests: 391 tokens, of which token 1 ends a text."""
