@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtd_jax.errors import InputError, unknown_name
@@ -69,8 +70,18 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     devices = list(jax.devices() if devices is None else devices)
     if needed > len(devices):
         raise InputError(f"the mesh needs {needed} devices, {len(devices)} are there")
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices[:needed])
+    return arrange(shape, devices[:needed])
+
+
+def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh with the axes `MESH_AXES` of these sizes, laid out to suit the network."""
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # An axis of 8 in a torus of 4 x 4 x 4: one direction and half of another.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def partition(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from mtd_jax.transformer.model import Parameters, extend, unembed
 from mtd_jax.typing import Array, Float, Int, Leaf
 
 Acceptance: TypeAlias = Literal["exact", "typical"]
+State = TypeVar("State")
 
 
 class Pass(struct.PyTreeNode):
@@ -118,11 +119,15 @@ def verify_draws(
     return _settled(state, cache, verdict, count, None), Pass(x, logits, verdict)
 
 
+ONE_OF = "one_of"
+"""The name in a compiled program of loops of which one runs (`evaluation.program_cost`)."""
+
+
 def in_place_switch(
     index: Int[Array, ""],
-    branches: Sequence[Callable[[DecodeState], DecodeState]],
-    state: DecodeState,
-) -> DecodeState:
+    branches: Sequence[Callable[[State], State]],
+    state: State,
+) -> State:
     """`lax.switch` that updates the state where it lies.
 
     XLA copies what a conditional passes through, the whole cache each time; a while loop's carry it
@@ -131,12 +136,13 @@ def in_place_switch(
     for number, branch in enumerate(branches):
 
         def body(
-            carry: tuple[DecodeState, jax.Array],
-            branch: Callable[[DecodeState], DecodeState] = branch,
-        ) -> tuple[DecodeState, jax.Array]:
+            carry: tuple[State, jax.Array],
+            branch: Callable[[State], State] = branch,
+        ) -> tuple[State, jax.Array]:
             return branch(carry[0]), jnp.bool(False)
 
-        state, _ = jax.lax.while_loop(lambda carry: carry[1], body, (state, index == number))
+        with jax.named_scope(ONE_OF):
+            state, _ = jax.lax.while_loop(lambda carry: carry[1], body, (state, index == number))
     return state
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from mtd_jax import methods, parameters
 from mtd_jax.config import ModelConfig
@@ -359,9 +359,12 @@ def _state(
         lambda method, *arguments: method.prefill(*arguments, capacity=capacity),
         *(method, params, tokens, lengths, requests),
     )
-    whole = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
-    places = jax.jit(DecodeState.placed).lower(shapes).compile().output_shardings
+
+    def begun() -> DecodeState:
+        # Made where it is to lie: as an argument the state would have to fit on each device whole.
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes).placed()
+
+    places = jax.jit(begun).lower().compile().output_shardings
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )

@@ -2,7 +2,8 @@
 
 The compiler's own `cost_analysis` counts the body of a loop once. Here a body counts as often as it
 runs (`hlo.Program.trips`; once, where only the run decides, as for a decode loop: the cost is then
-that of a step), and of the branches of a conditional the one with the most products counts.
+that of a step), and of the branches of a conditional, or of `speculative.in_place_switch`, the one
+with the most products counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
+from mtd_jax.decoding.speculative import ONE_OF
 from mtd_jax.evaluation.hlo import ArrayShape, Instruction, Program, parse
 
 Kind: TypeAlias = Literal[
@@ -31,6 +33,7 @@ _FREE = frozenset(
 )
 _SLICES = ("dynamic-slice", "gather", "slice")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode -> which operand is written
+_IS_ALTERNATIVE = re.compile(rf'op_name="[^"]*/{ONE_OF}/while"')
 _THROUGH = ("bitcast", "reshape", "get-tuple-element", "convert", "copy", "transpose")
 
 
@@ -92,9 +95,14 @@ def program_cost(text: str) -> Cost:
 
     def of(computation: str, *, fused: bool) -> Cost:
         if computation not in known:
-            total = Cost()
+            total, alternatives = Cost(), [Cost()]
             for instruction in program.computations.get(computation, {}).values():
-                _count(program, computation, instruction, total, fused)
+                marked = _IS_ALTERNATIVE.search(instruction.attributes)
+                if marked and instruction.opcode == "while":
+                    alternatives.append(of(_body(instruction), fused=False))
+                else:
+                    _count(program, computation, instruction, total, fused)
+            total.add(max(alternatives, key=_size))
             known[computation] = total
         return known[computation]
 
@@ -103,13 +111,11 @@ def program_cost(text: str) -> Cost:
     ) -> None:
         opcode = instruction.opcode
         if opcode == "while":
-            body = instruction.called("body")
-            assert body is not None
-            total.add(of(body, fused=False), program.trips(instruction) or 1)
+            total.add(of(_body(instruction), fused=False), program.trips(instruction) or 1)
             return
         if opcode == "conditional":
             found = [of(name, fused=False) for name in instruction.branches()]
-            total.add(max(found, key=lambda c: (c.flops, c.hbm_bytes), default=Cost()))
+            total.add(max(found, key=_size, default=Cost()))
             return
         called = instruction.called("calls")
         called = called or (instruction.called("to_apply") if opcode == "call" else None)
@@ -127,6 +133,16 @@ def program_cost(text: str) -> Cost:
             total.hbm_bytes += _traffic(program, where, instruction)
 
     return of(program.entry, fused=False)
+
+
+def _size(cost: Cost) -> tuple[float, float]:
+    return cost.flops, cost.hbm_bytes
+
+
+def _body(loop: Instruction) -> str:
+    body = loop.called("body")
+    assert body is not None
+    return body
 
 
 def _shapes(program: Program, where: str, name: str) -> tuple[ArrayShape, ...]:

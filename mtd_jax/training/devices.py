@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtd_jax.errors import InputError
-from mtd_jax.sharding import MESH_AXES, RULES
+from mtd_jax.sharding import MESH_AXES, RULES, arrange
 from mtd_jax.training.config import MeshConfig
 
 
@@ -163,8 +163,7 @@ def training_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -
         )
     shape = (data, config.fsdp, config.tensor)
     if config.slices == 1:
-        types = (AxisType.Auto,) * len(shape)
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=found)
+        return arrange(shape, found)
     return Mesh(_hybrid(shape, config.slices, found), MESH_AXES)
 
 
@@ -183,7 +182,11 @@ def _hybrid(shape: tuple[int, ...], slices: int, devices: list[jax.Device]) -> n
         raise InputError(f"mesh.slices = {slices}, but {there} are there")
     return np.asarray(
         mesh_utils.create_hybrid_device_mesh(
-            shape, (slices, 1, 1), devices, process_is_granule=by_process
+            shape,
+            (slices, 1, 1),
+            devices,
+            process_is_granule=by_process,
+            allow_split_physical_axes=True,
         )
     )
 

@@ -21,9 +21,9 @@ out = "unused"
 [data]
 train = ["unused"]
 length = 512
-batch_size = 16
+batch_size = 64
 [mesh]
-data = 2
+data = {data}
 fsdp = {fsdp}
 tensor = {tensor}
 """
@@ -54,11 +54,17 @@ def mtd_compile(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess
 
 
 def small(
-    directory: Path, *, fsdp: int = 4, tensor: int = 1, tied: bool = True, more: str = ""
+    directory: Path,
+    *,
+    data: int = 2,
+    fsdp: int = 4,
+    tensor: int = 1,
+    tied: bool = True,
+    more: str = "",
 ) -> str:
     shape, config = directory / "shape.toml", directory / "run.toml"
     shape.write_text(SHAPE.format(tied=str(tied).lower()), encoding="utf-8")
-    text = CONFIG.format(model=shape, fsdp=fsdp, tensor=tensor)
+    text = CONFIG.format(model=shape, data=data, fsdp=fsdp, tensor=tensor)
     config.write_text(text + more, encoding="utf-8")
     return str(config)
 
@@ -76,13 +82,25 @@ def check(program: dict[str, Any], report: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("topology", "mesh"),
-    [("v5e:2x4", {"fsdp": 4}), ("v5p:2x2x2", {"fsdp": 2, "tensor": 2, "tied": False})],
+    ("topology", "mesh", "decoding"),
+    [
+        # Keys and values of all rows are 19 GB: more than one of the chips has.
+        ("v5e:2x4", {"fsdp": 4}, ("--decode-batch", "384", "--decode-length", "4096")),
+        # Eight is no direction of this torus, nor several.
+        (
+            "v5p:4x4x4",
+            {"data": 8, "fsdp": 4, "tensor": 2, "tied": False},
+            ("--decode-mesh", "data=8,tensor=8", "--decode-length", "512"),
+        ),
+    ],
+    ids=["v5e", "v5p"],
 )
-def test_training_and_decoding_compile(topology: str, mesh: Any, tmp_path: Path) -> None:
+def test_training_and_decoding_compile(
+    topology: str, mesh: Any, decoding: tuple[str, ...], tmp_path: Path
+) -> None:
     out = tmp_path / "report.json"
     config = small(tmp_path, **mesh)
-    mtd_compile(config, "--topology", topology, "--decode-length", "512", "--out", str(out))
+    mtd_compile(config, "--topology", topology, *decoding, "--out", str(out))
     report = json.loads(out.read_text(encoding="utf-8"))
     names = [program["name"] for program in report["programs"]]
     assert names == [

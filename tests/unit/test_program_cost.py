@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mtd_jax.decoding.speculative import in_place_switch
 from mtd_jax.evaluation.chips import CHIPS, Roofline
 from mtd_jax.evaluation.hlo import parse
 from mtd_jax.evaluation.program_cost import Collective, Cost, program_cost
@@ -123,6 +126,25 @@ def test_loops_and_collectives_of_programs_compiled_here() -> None:
     assert {c.largest for c in gathers} == {4 * width * width}
     assert {c.group for c in gathers} == {8}
     assert cost.flops == layers * 2 * (rows // 8) * width * width
+
+
+def test_of_loops_of_which_one_runs_the_largest_counts() -> None:
+    """Beside what runs always, itself a loop that only the run ends."""
+    width = 32
+
+    def times(rows: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: jnp.tile(x[:rows] @ x, (width // rows, 1))
+
+    def run(x: jax.Array, index: jax.Array) -> jax.Array:
+        def step(x: jax.Array) -> jax.Array:
+            found = in_place_switch(index, [times(8), times(16), times(4)], x)
+            return jnp.tanh(found @ x)
+
+        return jax.lax.while_loop(lambda x: x.sum() < 1.0, step, x)
+
+    text = jax.jit(run).lower(jnp.ones((width, width)), jnp.int32(0)).compile().as_text()
+    assert text is not None
+    assert program_cost(text).flops == 2 * (16 + width) * width * width
 
 
 def test_the_roofline_adds_what_does_not_hide() -> None:
