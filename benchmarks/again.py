@@ -53,7 +53,9 @@ def measure_again(name: str, command: str) -> None:
         if "--plot" in words:
             at = words.index("--plot") + 1
             picture, words[at] = Path(words[at]).name, str(Path(scratch) / "picture.png")
-        subprocess.run([*PROGRAMS[program], *words], cwd=ROOT, check=True)
+        done = subprocess.run([*PROGRAMS[program], *words], cwd=ROOT, check=False)
+        if done.returncode:
+            sys.exit(f"again.py: {name} ended with exit code {done.returncode}; it stays as it was")
         told = json.loads(result.read_text(encoding="utf-8")) | {"command": command}
         (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         if picture is not None:

@@ -84,11 +84,15 @@ class Choice:
         """The method ready to run: its heads are for this model, its costs are measured.
 
         Args:
-          fresh: measure costs although they are known from an earlier run.
+          fresh: measure costs although they are known from an earlier run; later ones use them.
         """
-        cache = None if fresh else cache_directory() / "step-costs.json"
         fitted: Method = step_cost.calibrated(
-            model, self.made(model), batch_size=batch_size, prompt_tokens=prompt_tokens, cache=cache
+            model,
+            self.made(model),
+            batch_size=batch_size,
+            prompt_tokens=prompt_tokens,
+            cache=cache_directory() / "step-costs.json",
+            fresh=fresh,
         )
         return fitted
 

@@ -83,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
     options = {
         "skip_attention": ",".join(map(str, sorted(best.skip.attention))),
         "skip_mlp": ",".join(map(str, sorted(best.skip.mlp))),
+        "agreement": round(best.agreement, 4),
+        "share": round(search.share(best.skip), 4),
     }
     record = {
-        "agreement": round(best.agreement, 4),
         "expected_speedup": round(best.objective, 4),
         "best_number_of_drafts": best.drafts,
         "evaluations": len(search.known),
@@ -153,7 +154,7 @@ def _searched(search: SkipSearch, evaluations: int, log: _Log, *, quiet: bool) -
             log.save()
 
 
-def _show(best: Candidate, options: dict[str, str], out: str) -> None:
+def _show(best: Candidate, options: dict[str, object], out: str) -> None:
     print(f"skip_attention={options['skip_attention']}")
     print(f"skip_mlp={options['skip_mlp']}")
     print(f"drafts right {best.agreement:.1%}; expected speed-up {best.objective:.2f}x", end="")

@@ -92,7 +92,14 @@ def _show(report: LosslessReport, name: str, *, lossless: bool) -> None:
     facts = report.to_dict()
     print(
         f"{facts['identical']} of {facts['prompts']} prompts identical to ar, {facts['ties']} "
-        f"parted at a tie, {facts['failed']} failed; {facts['tokens']} tokens compared"
+        f"parted at a tie, {facts['failed']} failed; {facts['tokens']} tokens compared, "
+        f"{facts['num_accepted_draft_tokens']} of {facts['num_draft_tokens']} drafts accepted"
     )
+    if lossless and name != "ar" and not facts["num_draft_tokens"]:
+        print(
+            f"'{name}' drafted nothing: this compared plain decoding with itself (auto drafts "
+            "where that pays; give a number, --option drafts=4)",
+            file=sys.stderr,
+        )
     if not lossless:
         print(f"'{name}' with these options is lossy by construction", file=sys.stderr)

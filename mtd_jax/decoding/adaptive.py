@@ -37,10 +37,12 @@ class AcceptanceRates(struct.PyTreeNode):
     """Tries that the prior counts as."""
 
     @classmethod
-    def empty(cls, batch: int, prior: tuple[float, ...], belief: float) -> AcceptanceRates:
+    def empty(
+        cls, batch: int, prior: tuple[float, ...] | Float[Array, " kinds"], belief: float
+    ) -> AcceptanceRates:
         """Nothing known yet but the prior of each kind."""
         zeros = jnp.zeros((batch, len(prior)), jnp.float32)
-        return cls(zeros, zeros, zeros + jnp.asarray([prior], jnp.float32), belief)
+        return cls(zeros, zeros, zeros + jnp.asarray(prior, jnp.float32)[None], belief)
 
     def of(self, kind: Int[Array, " B"]) -> Float[Array, " B"]:
         """The chance that the next draft of a chain is accepted, for each row's kind of chain."""

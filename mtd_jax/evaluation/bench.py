@@ -26,16 +26,6 @@ BASELINE = "ar"
 _SLOWER = 0.98
 """Below this a method is called slower; in between, the machine's noise decides."""
 
-_OF_REQUESTS = (
-    "tokens",
-    "seconds",
-    "tokens_per_forward",
-    "mean_acceptance_length",
-    "num_spec_steps",
-    "num_accepted_draft_tokens",
-    "num_draft_tokens",
-)
-
 Runs = Mapping[str, list[list[Completion]]]
 """By method: its completions of all prompts, for every repeat."""
 
@@ -203,8 +193,7 @@ def _row(
 
 
 def _request(completion: Completion) -> dict[str, Any]:
-    metrics = completion.metrics.to_dict()
-    return {"id": completion.id} | {name: metrics[name] for name in _OF_REQUESTS}
+    return {"id": completion.id} | completion.metrics.to_dict()
 
 
 def _by_category(

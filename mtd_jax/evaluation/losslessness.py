@@ -41,6 +41,10 @@ class Comparison:
     """There: how far the lower one of the two tokens is below the greatest logit."""
     allowed_gap: float | None
     """What rounding explains: 1e-4 in float32, one unit in the last place in bfloat16."""
+    drafted: int = 0
+    """Tokens that the method drafted."""
+    accepted: int = 0
+    """Of these, those that it kept."""
 
     @property
     def passed(self) -> bool:
@@ -70,6 +74,8 @@ class LosslessReport:
             "ties": sum(c.passed and not c.identical for c in self.comparisons),
             "failed": sum(not c.passed for c in self.comparisons),
             "tokens": sum(c.tokens for c in self.comparisons),
+            "num_draft_tokens": sum(c.drafted for c in self.comparisons),
+            "num_accepted_draft_tokens": sum(c.accepted for c in self.comparisons),
             "comparisons": [dataclasses.asdict(c) | {"passed": c.passed} for c in self.comparisons],
         }
 
@@ -121,13 +127,14 @@ def compare(
     `method` says whose logits a tie is judged by (`methods.reference`).
     """
     tokens = len(plain.token_ids)
+    drafts = {"drafted": ours.metrics.drafted, "accepted": ours.metrics.accepted}
     if ours.token_ids == plain.token_ids:
-        return Comparison(plain.id, tokens, True, None, None, None)
+        return Comparison(plain.id, tokens, True, None, None, None, **drafts)
     pairs = zip(ours.token_ids, plain.token_ids, strict=False)
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if position is None:  # one is the beginning of the other: no tie explains that
         shorter = min(len(ours.token_ids), tokens)
-        return Comparison(plain.id, tokens, False, shorter, None, None)
+        return Comparison(plain.id, tokens, False, shorter, None, None, **drafts)
     text = [*prompt, *plain.token_ids[:position]]
     # Padded, so that few lengths are compiled.
     padded = min(bucket_prompt(len(text)), model.config.context_length)
@@ -141,7 +148,8 @@ def compare(
         row = np.asarray(judge.output(model.params, hidden[:, len(text) - 1]))[0]
     lower = min(row[ours.token_ids[position]], row[plain.token_ids[position]])
     gap = float(row.max() - lower)
-    return Comparison(plain.id, tokens, False, position, gap, _allowed(model, float(row.max())))
+    allowed = _allowed(model, float(row.max()))
+    return Comparison(plain.id, tokens, False, position, gap, allowed, **drafts)
 
 
 def _allowed(model: LanguageModel, logit: float) -> float:

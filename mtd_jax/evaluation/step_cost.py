@@ -38,6 +38,7 @@ def calibrated(
     batch_size: int = 1,
     prompt_tokens: int = 64,
     cache: Path | None = None,
+    fresh: bool = False,
 ) -> Any:
     """The method with the costs of its steps measured; methods without a choice stay as they are.
 
@@ -47,6 +48,7 @@ def calibrated(
       batch_size: prompts decoded together.
       prompt_tokens: about how long they are.
       cache: a JSON file where measured costs are kept, by model, machine, method and sizes.
+      fresh: measure although they are known, and keep what is found.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -54,7 +56,7 @@ def calibrated(
         return method
     key = _key(model, method, batch_size, prompt_tokens)
     known = _read(cache)
-    if not _usable(known.get(key), len(method.sizes)):
+    if fresh or not _usable(known.get(key), len(method.sizes)):
         known[key] = measure(model, method, batch_size=batch_size, prompt_tokens=prompt_tokens)
         _write(cache, known)
     return method.replace(costs=jnp.asarray(known[key], jnp.float32))

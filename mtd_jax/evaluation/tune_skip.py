@@ -105,8 +105,12 @@ class SkipSearch:
             self.known[key] = float((drafts == self._expected).mean())
         return self._scored(skip, self.known[key])
 
+    def share(self, skip: Skip) -> float:
+        """Of the model's weights: what a draft reads."""
+        return weight_bytes(self._model.params, skip) / weight_bytes(self._model.params)
+
     def _scored(self, skip: Skip, agreement: float) -> Candidate:
-        share = weight_bytes(self._model.params, skip) / weight_bytes(self._model.params)
+        share = self.share(skip)
         best, drafts = 1.0, 0
         rate = min(agreement, 0.999)
         for count in range(1, _MOST_DRAFTS + 1):

@@ -81,6 +81,8 @@ def self_speculative(
     drafts: Drafts = "auto",
     threshold: float = 0.6,
     target_acceptance: float = 0.9,
+    agreement: float = 0.7,
+    share: float = 0.6,
 ) -> SelfSpeculative:
     """The model drafts for itself with some sublayers left out (`self_speculative`).
 
@@ -90,8 +92,15 @@ def self_speculative(
       drafts: the most tokens drafted a step, or `auto`.
       threshold: drafting ends behind a token less probable than this; it then adapts. 0: never.
       target_acceptance: share of drafts accepted that the threshold steers towards.
+      agreement: share of drafts that `auto` takes to be right until it has seen some; `mtd tune`
+        measures it.
+      share: of the model's weights that a draft reads, by which `auto` decides where costs were not
+        measured; `mtd tune` knows it.
     """
-    for name, value in (("threshold", threshold), ("target_acceptance", target_acceptance)):
+    for name, value in (
+        *(("threshold", threshold), ("target_acceptance", target_acceptance)),
+        *(("agreement", agreement), ("share", share)),
+    ):
         if not 0.0 <= value <= 1.0:
             raise InputError(f"{name} must be between 0 and 1, got {value}")
     skip = Skip(
@@ -103,8 +112,8 @@ def self_speculative(
             "give its result as --heads, or give the options skip_attention and skip_mlp"
         )
     if drafts == "auto":
-        sizes: tuple[int, ...] = (1, 4, 9)
-        costs = [backend.relative_step_cost(size) + 0.6 * (size - 1) for size in sizes]
+        sizes: tuple[int, ...] = (1, 2, 4, 9)
+        costs = [backend.relative_step_cost(size) + share * (size - 1) for size in sizes]
     else:
         if not 1 <= drafts < MAX_NODES:
             raise InputError(f"drafts must be between 1 and {MAX_NODES - 1}, got {drafts}")
@@ -113,6 +122,7 @@ def self_speculative(
     return SelfSpeculative(
         costs=jnp.asarray(costs, jnp.float32),
         threshold=jnp.float32(threshold),
+        agreement=jnp.float32(agreement),
         skip=skip,
         sizes=sizes,
         target_acceptance=target_acceptance,

@@ -29,8 +29,8 @@ from mtd_jax.transformer.model import Parameters, extend
 from mtd_jax.transformer.stack import Skip
 from mtd_jax.typing import Array, Float, Int, Leaf
 
-_PRIOR = 0.7
-"""Share of drafts that are right where nobody has tried yet; it counts as one try."""
+_BELIEF = 4.0
+"""Tries that `agreement` counts as: a text may be easier or harder than those of `mtd tune`."""
 _THRESHOLD_STEP = 0.01
 _THRESHOLD_SMOOTHING = 0.9
 _ACCEPTANCE_SMOOTHING = 0.5
@@ -51,6 +51,8 @@ class SelfSpeculative(BaseMethod):
     """[sizes] float32: what a step costs, drafts included, in any unit."""
     threshold: Any
     """[] float32: where each row's threshold starts; 0 never ends a draft early."""
+    agreement: Any
+    """[] float32: share of drafts that is taken to be right before any were tried."""
     skip: Skip = struct.field(pytree_node=False)
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
     """Rows that verification may have: one more than drafts."""
@@ -91,7 +93,7 @@ class SelfSpeculative(BaseMethod):
         return _Adaptation(
             threshold=jnp.broadcast_to(self.threshold, (batch,)),
             acceptance=jnp.full(batch, self.target_acceptance, jnp.float32),
-            rates=AcceptanceRates.empty(batch, (_PRIOR,), belief=1.0),
+            rates=AcceptanceRates.empty(batch, self.agreement[None], belief=_BELIEF),
         )
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:

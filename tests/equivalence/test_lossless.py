@@ -280,6 +280,20 @@ def test_plain_decoding_is_the_oracle() -> None:
         assert list(plain.token_ids[:20]) == expected
 
 
+@pytest.mark.parametrize(
+    ("agreement", "share", "drafts"),
+    [(0.95, 0.45, True), (0.96, 0.99, False), (0.7, 0.6, False)],
+)
+def test_self_speculation_drafts_where_its_tuning_says_that_it_pays(
+    agreement: float, share: float, drafts: bool
+) -> None:
+    """By the costs that a CPU is believed to have where nobody measured them."""
+    method = methods.self_speculative(skip_mlp="1", agreement=agreement, share=share)
+    found = _decode(method, 1, prompts=PROMPTS[:1])
+    assert (found[0].metrics.drafted > 0) == drafts
+    _same(found, _plain()[:1], prompts=PROMPTS[:1])
+
+
 def test_metrics_add_up() -> None:
     found = _decode(_method("ngram:chain"), 3)
     for completion in found:
