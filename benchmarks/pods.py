@@ -12,7 +12,10 @@ import argparse
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+
+from mtd_jax.evaluation import environment
 
 ROOT = Path(__file__).parents[1]
 TOPOLOGIES = {"v5e-256": "v5e:16x16", "v5p-128": "v5p:4x4x4", "v6e-256": "v6e:16x16"}
@@ -46,7 +49,9 @@ def main() -> None:
         run["command"] = f"mtd compile configs/pods/{config.name} --topology {topology}"
         run["command"] += "" if args.decode else " --train-only"
         runs.append(run)
-    args.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    versions = environment.versions() | {"libtpu": metadata.version("libtpu")}
+    result = {"versions": versions, **environment.provenance(), "runs": runs}
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
