@@ -20,18 +20,16 @@ import optax
 
 from mtd_jax.cli.page import run
 from mtd_jax.config import CycleConfig
-from mtd_jax.convert.atomic import check_free
 from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
 from mtd_jax.convert.load import load_as_stored
 from mtd_jax.methods.cycles import cycle_hidden, places_in_cycle
 from mtd_jax.training.batches import batches
-from mtd_jax.training.config import DataConfig
 from mtd_jax.training.data import prepare
 from mtd_jax.transformer.losses import cross_entropy
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed
-from train.common import make_parser
+from train.common import make_config, make_parser
 
 
 def loss(params: Parameters, batch: Packed) -> jax.Array:
@@ -61,13 +59,12 @@ def main() -> None:
     parser.add_argument("--cycle", type=int, default=2, help="tokens of a cycle")
     parser.add_argument("--late", type=int, default=8, help="layers that run for every token")
     args = parser.parse_args()
-    check_free(args.out)
+    data = make_config(args, learning_rate=1e-4).data
 
     model = load_as_stored(args.model, dtype="float32")
     cycles = CycleConfig(early=0, late=args.late, cycle=args.cycle, anchor="prompt")
     config = dataclasses.replace(model.config, cycles=cycles)  # and with it every checkpoint
     params = model.params.replace(config=config)
-    data = DataConfig(train=(args.data,), length=args.length, batch_size=args.batch_size)
     cache = args.out.with_name(f"{args.out.name}.tokens")
     rows = prepare(data, model.tokenizer, config, seed=0, cache=cache).train
 

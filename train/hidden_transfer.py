@@ -18,18 +18,16 @@ import jax.numpy as jnp
 import optax
 
 from mtd_jax.cli.page import run
-from mtd_jax.convert.atomic import check_free
 from mtd_jax.convert.heads import save_heads
 from mtd_jax.convert.load import load_as_stored
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.methods.transfer import HiddenTransferSpec, hidden_states
 from mtd_jax.training.batches import batches
-from mtd_jax.training.config import DataConfig
 from mtd_jax.training.data import prepare
 from mtd_jax.transformer.losses import divergences
 from mtd_jax.transformer.model import Parameters, normed
 from mtd_jax.transformer.packed import Packed
-from train.common import make_parser
+from train.common import make_config, make_parser
 
 
 def loss(weights: Any, base: Parameters, batch: Packed, spec: HiddenTransferSpec) -> Any:
@@ -49,9 +47,8 @@ def main() -> None:
     parser.add_argument("--maps", type=int, default=3, metavar="K", help="places to guess")
     parser.add_argument("--layers", default="", help="where the maps stand: 14,16,18")
     args = parser.parse_args()
-    check_free(args.out)
+    data = make_config(args, learning_rate=1e-3).data
     spec = HiddenTransferSpec(count=args.maps, layers=args.layers)
-    data = DataConfig(train=(args.data,), length=args.length, batch_size=args.batch_size)
 
     model = load_as_stored(args.model)
     base, weights = model.params, spec.initial(model.params, jax.random.key(0))

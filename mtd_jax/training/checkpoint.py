@@ -6,8 +6,9 @@ whatever devices the run now has: Orbax reads each device its part.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +107,25 @@ class Checkpoints:
         about: Mapping[str, Any],
         held_out_loss: float | None,
     ) -> None:
-        """Begins to write; returns when the state may be donated. An older save is waited for."""
+        """Begins to write; returns when the state may be donated. An older save is waited for.
+
+        Raises:
+          InputError: it, or an older one, cannot be written: a full disk.
+        """
         if step in self._manager.all_steps():
             return
         ocp = self._ocp
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(dict(data)),
-                about=ocp.args.JsonSave(dict(about)),
-            ),
-            metrics=None if held_out_loss is None else {"loss": held_out_loss},
-            force=True,
-        )
+        with self._written():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(dict(data)),
+                    about=ocp.args.JsonSave(dict(about)),
+                ),
+                metrics=None if held_out_loss is None else {"loss": held_out_loss},
+                force=True,
+            )
 
     def about(self, step: int) -> Mapping[str, Any]:
         """What the run said of itself."""
@@ -140,13 +146,35 @@ class Checkpoints:
         return restored["state"], restored["data"]
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.close()
+        """Waits for what is being written.
+
+        Raises:
+          InputError: it could not be.
+        """
+        with self._written():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        # Orbax writes behind our back, and says in the next call what went wrong.
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise InputError(
+                f"cannot write a checkpoint under {self._manager.directory}: {_reason(error)}"
+            ) from error
 
     def _restored(self, step: int, args: Any) -> Any:
         try:
             return self._manager.restore(step, args=args)
-        except (ValueError, KeyError, OSError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        except Exception as error:  # Orbax raises bare ones where a file is cut
             where = f"{self._manager.directory}/{step}"
-            raise InputError(f"cannot restore the checkpoint {where}: {reason}") from error
+            older = [kept for kept in self._manager.all_steps() if kept < step]
+            advice = f"; without that directory it goes on from step {max(older)}" if older else ""
+            raise InputError(
+                f"cannot restore the checkpoint {where}: {_reason(error)}{advice}"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

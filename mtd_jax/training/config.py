@@ -16,7 +16,6 @@ Every key has its docstring below; an unknown one is an error that names the nea
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 import types
 import typing
@@ -27,6 +26,10 @@ from typing import Any, Literal, TypeVar
 from mtd_jax.errors import InputError, unknown_name
 
 Config = TypeVar("Config")
+
+
+_LARGEST = 3e38
+"""About the largest float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,14 +276,26 @@ def _check(config: TrainConfig) -> None:
         for key in keys:
             if _value(config, key) < least:
                 raise InputError(f"{key} must be at least {least}, got {_value(config, key)}")
+    at_most = {2**20: ("data.batch_size", "data.length"), 2**31 - 1: ("optimizer.steps",)}
+    for most, keys in at_most.items():
+        for key in keys:
+            if _value(config, key) > most:
+                raise InputError(f"{key} must be at most {most}, got {_value(config, key)}")
+    for key in ("out", "data.cache", "evaluate.prompts"):
+        if "\0" in (_value(config, key) or ""):
+            raise InputError(f"{key} holds a zero byte")
+    if not config.out.strip():
+        raise InputError("out names no directory")
     for key in ("warmup", "decay", "final", "beta1", "beta2"):
         value = _value(config, f"optimizer.{key}")
         if not 0 <= value <= 1 or (key.startswith("beta") and value == 1):
             raise InputError(f"optimizer.{key} must be between 0 and 1, got {value}")
     for key in ("learning_rate", "epsilon", "weight_decay", "clip"):
         value = _value(config, f"optimizer.{key}")
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(f"optimizer.{key} must be a number of at least 0, got {value}")
+        if not 0 <= value <= _LARGEST:
+            raise InputError(
+                f"optimizer.{key} must be a number between 0 and {_LARGEST:g}, got {value}"
+            )
     if config.seed >= 2**32:
         raise InputError(f"seed must be less than 2^32, got {config.seed}")
     if not 0 <= config.data.held_out_fraction < 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mtd_jax.errors import InputError
 from mtd_jax.training.config import LogConfig
 
 FILE = "log.jsonl"
@@ -91,12 +92,23 @@ class RunLog:
 
 
 def read_log(directory: Path) -> list[dict[str, float]]:
-    """The lines of log.jsonl; a last one that is not whole is left out."""
+    """The lines of log.jsonl; a last one that is not whole is left out.
+
+    Raises:
+      InputError: a line is not as it was written.
+    """
     path = directory / FILE
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                found.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+    return found
 
 
 def _cut(path: Path, first: int) -> None:

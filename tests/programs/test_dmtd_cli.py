@@ -217,6 +217,10 @@ def test_the_program_in_train(tmp_path: Path) -> None:
     assert load(tmp_path / "tuned").config.cycles == CycleConfig(0, 1, 2, "prompt")
     again = run_program("-m", "train.dmtd", *argv, "--late", "1", "--steps", "3")
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    argv[-1] = str(tmp_path / "other")
+    for slip in (("--steps", "0"), ("--batch-size", "0")):
+        refused = run_program("-m", "train.dmtd", *argv, "--late", "1", *slip)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
 def test_eval_measures_what_is_kept(look_alike: Path, tmp_path: Path) -> None:

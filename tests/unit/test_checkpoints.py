@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtd_jax.errors import InputError
 from mtd_jax.training.checkpoint import Checkpoints
 from mtd_jax.training.config import CheckpointConfig, LogConfig
 from mtd_jax.training.log import RunLog, read_log
@@ -51,6 +52,43 @@ def test_the_last_and_the_best_stay(tmp_path: Path, best: int, last: int, kept: 
     assert data == {"next_index": 5}
     assert again.about(5) == {"base": "b"}
     again.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves futures
+def test_a_cut_file_is_named_and_the_step_before_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep_last=2, keep_best=0))
+    for step in (3, 6):
+        checkpoints.save(step, _state(step), {"next_index": step}, {"base": "b"}, None)
+    checkpoints.close()
+    for file in (tmp_path / "checkpoints" / "6" / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    again = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    with pytest.raises(InputError, match=r"checkpoints/6: .*it goes on from step 3") as refused:
+        again.restore(6, _layout())
+    assert "\n" not in str(refused.value)
+    assert again.restore(3, _layout())[1] == {"next_index": 3}
+    again.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Orbax puts it where a disk is full: later, and not as an OSError."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+
+    def full(*_: object, **__: object) -> None:
+        raise ValueError('OUT_OF_RANGE: Error writing "failed/0" in OCDBT\nFile too large')
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(InputError, match=r"^cannot write a checkpoint under .*failed/0.*OCDBT$"):
+        checkpoints.save(1, _state(1), {}, {}, None)
+    checkpoints.close()
+
+
+def test_a_log_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\nnothing\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"log.jsonl, line 2: "):
+        read_log(tmp_path)
 
 
 def test_a_log_that_goes_on_has_no_line_twice(tmp_path: Path) -> None:
