@@ -54,7 +54,8 @@ def test_the_last_and_the_best_stay(tmp_path: Path, best: int, last: int, kept: 
     again.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves futures
+# Orbax leaves futures of what it could not read.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_cut_file_is_named_and_the_step_before_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep_last=2, keep_best=0))
     for step in (3, 6):
