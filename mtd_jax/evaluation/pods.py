@@ -26,7 +26,7 @@ from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import DecodeState, Method, Requests
 from mtd_jax.decoding.prompt import CHUNK
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
-from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.errors import InputError, first_line, unknown_name
 from mtd_jax.evaluation.chips import CHIPS, Chip, Roofline
 from mtd_jax.evaluation.program_cost import Cost, program_cost
 from mtd_jax.sharding import RULES, make_mesh, partition, shardings
@@ -77,8 +77,7 @@ class Topology:
         try:
             found = topologies.get_topology_desc(platform="tpu", topology_name=name)
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
-            raise InputError(f"libtpu knows no topology '{name}': {reason}") from None
+            raise InputError(f"libtpu knows no topology '{name}': {first_line(error)}") from None
         return cls(name, CHIPS[kind], tuple(found.devices))
 
 

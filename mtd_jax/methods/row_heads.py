@@ -80,7 +80,8 @@ class RowHeadsSpec(HeadsSpec):
         h, rows = self.rows(weights, base, batch)
         readers = tuple(self.reader(weights, base, i) for i in range(self.count))
         wanted = [batch.targets(i + 2)[1] for i in range(self.count)]
-        shares = [self.decay**i / _least_one(counts[_count(i)]) for i in range(self.count)]
+        numbers = [jnp.maximum(counts[_count(i)], 1.0) for i in range(self.count)]
+        shares = [self.decay**i / number for i, number in enumerate(numbers)]
         if self.loss == "distillation":
             weighed = [jnp.where(w, s, 0.0) for w, s in zip(wanted, shares, strict=True)]
             loss, right = divergences(
@@ -105,9 +106,7 @@ class RowHeadsSpec(HeadsSpec):
             ]
             losses = [s * each["loss"] for s, each in zip(shares, found, strict=True)]
             loss, right = sum(losses[1:], losses[0]), jnp.stack([each["right"] for each in found])
-        measured = {
-            f"accuracy_{i + 1}": right[i] / _least_one(counts[_count(i)]) for i in range(self.count)
-        }
+        measured = {f"accuracy_{i + 1}": right[i] / n for i, n in enumerate(numbers)}
         return loss, {"loss": loss, **measured}
 
     def guesses(
@@ -132,10 +131,6 @@ def ranked(
 
     found: jax.Array = mapped_over_chunks(of_chunk, rows, chunk)
     return found
-
-
-def _least_one(count: jax.Array) -> jax.Array:
-    return jnp.maximum(count, 1.0)
 
 
 def _count(i: int) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtd_jax.errors import InputError
+from mtd_jax.errors import InputError, first_line
 from mtd_jax.training.config import CheckpointConfig
 from mtd_jax.training.step import TrainState
 
@@ -161,7 +161,7 @@ class Checkpoints:
             yield
         except (ValueError, OSError) as error:
             raise InputError(
-                f"cannot write a checkpoint under {self._manager.directory}: {_reason(error)}"
+                f"cannot write a checkpoint under {self._manager.directory}: {first_line(error)}"
             ) from error
 
     def _restored(self, step: int, args: Any) -> Any:
@@ -172,9 +172,5 @@ class Checkpoints:
             older = [kept for kept in self._manager.all_steps() if kept < step]
             advice = f"; without that directory it goes on from step {max(older)}" if older else ""
             raise InputError(
-                f"cannot restore the checkpoint {where}: {_reason(error)}{advice}"
+                f"cannot restore the checkpoint {where}: {first_line(error)}{advice}"
             ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

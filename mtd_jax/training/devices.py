@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtd_jax.errors import InputError
+from mtd_jax.errors import InputError, first_line
 from mtd_jax.sharding import MESH_AXES, RULES, arrange
 from mtd_jax.training.config import MeshConfig
 
@@ -76,9 +76,8 @@ class Processes:
                 self.coordinator, self.count, self.index, initialization_timeout=timeout
             )
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise InputError(
-                f"the processes of this run did not find each other: {reason}"
+                f"the processes of this run did not find each other: {first_line(error)}"
             ) from None
 
 

@@ -221,7 +221,7 @@ def divergences(
     def loss(weights: Any, students: Array, data: tuple[Array, Array]) -> Totals:
         teacher, shares = data
         heads = [only_output(p.config, w) for p, w in zip(read, weights, strict=True)]
-        wanted = project(jax.lax.stop_gradient(heads[0]), teacher)
+        wanted = project(lax.stop_gradient(heads[0]), teacher)
         log_p = jax.nn.log_softmax(wanted)
         p, best = jnp.exp(log_p), jnp.argmax(log_p, axis=-1)
         totals = {"loss": jnp.float32(0)}
