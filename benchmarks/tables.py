@@ -308,7 +308,41 @@ def cycles_places() -> str:
     return _markdown(head, lines)
 
 
+def heads_accuracy() -> str:
+    """How often guesses of the shipped heads are the base's own token, on held-out answers."""
+    head = ["heads", "place", "best guess", "among the best 2", "3", "4", "5"]
+    rows = []
+    for path in sorted((ROOT / "mtd_jax" / "heads").glob("*/method.json")):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        record = told["record"]
+        places = zip(record["top1"], record["accuracies"], strict=True)
+        for i, (alone, ranks) in enumerate(places, start=1):
+            among = [sum(ranks[: n + 1]) for n in range(5)]
+            cells = [f"{alone:.1%}", *(f"{share:.1%}" for share in among[1:])]
+            rows.append([told["method"], f"n + {i + 1}", *cells])
+    return _markdown(head, rows)
+
+
+def transfer_layers() -> str:
+    """Hidden Transfer's guesses by the layer of its maps."""
+    result = _result("cpu-transfer-layers")
+    steps = range(len(result["rows"][0]["top1"]))
+    head = ["layer", *(f"step {i + 1}" for i in steps), "tokens a pass"]
+    rows = (
+        [
+            str(row["layer"]),
+            *(f"{row['top1'][i]:.1%}" for i in steps),
+            f"{row['tokens_a_pass']:.2f}",
+        ]
+        for row in result["rows"]
+    )
+    return _markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "heads-accuracy": heads_accuracy,
+    "cpu-heads": lambda: _drafting("cpu-heads"),
+    "cpu-transfer-layers": transfer_layers,
     "corpus": corpus,
     "cpu-dmtd-tasks": cycles_tasks,
     "cpu-layouts": layouts,

@@ -8,7 +8,7 @@ which takes only what is already there. OUT gets
 
     train.jsonl     {"id", "source", "messages": [{"role", "content"}, ...]}, or "text" for these
     held_out.jsonl  the same, never to be trained on
-    prompts.jsonl   user turns for `mtd distill-data`
+    prompts.jsonl   user turns for `mtd distill-data`: theirs, and instructions made of patterns
     manifest.json   sources with licences, versions and counts; checksums; how it was made
 
 Packages are downloaded once, into --downloads, with pip and (on Debian) apt; what cannot be had may
@@ -30,7 +30,8 @@ from mtd_jax.cli.arguments import Parser
 from mtd_jax.decoding.requests import read_prompts
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.tokenizer import Tokenizer
-from train.texts.assemble import build
+from train.texts.assemble import ASKED, build
+from train.texts.instructions import instructions
 from train.texts.sources import SOURCES, Found, MissingError, locate
 
 
@@ -81,7 +82,7 @@ def find_sources(
     Raises:
       InputError: a source cannot be had, and nobody said to leave it out.
     """
-    known = {name for source in SOURCES for name in (source.name, source.package) if name}
+    known = {name for source in SOURCES for name in (source.name, source.package) if name} | {ASKED}
     for name in names:
         if name not in known:
             raise unknown_name("source", name, known)
@@ -127,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         share=args.held_out,
         excluded=excluded,
+        asked=() if ASKED in args.skip else instructions(),
         tokenizer=tokenizer,
         about={
             "command": shlex.join(["python", "-m", "train.corpus", *words]),

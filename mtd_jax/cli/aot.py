@@ -14,6 +14,7 @@ from mtd_jax.cli import arguments
 from mtd_jax.config import ModelConfig, read_shape
 from mtd_jax.convert.atomic import write_file
 from mtd_jax.convert.load import read_description
+from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment, pods
 from mtd_jax.evaluation.pods_report import to_json
 from mtd_jax.sharding import parse_mesh
@@ -68,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
     arguments.check_positive(args, "decode_batch", "decode_length")
     sizes = parse_mesh(args.decode_mesh) if args.decode_mesh else {}
     config = read_config(args.config, args.set)
+    if config.mesh.slices > 1:
+        raise InputError(
+            f"mesh.slices = {config.mesh.slices}, but a topology is one slice: compile the share "
+            "of one with --set mesh.slices=1 and its part of data.batch_size"
+        )
     model = _model(config.model)
     topology = pods.Topology.of(args.topology)
     plan = None

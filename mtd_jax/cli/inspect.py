@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtd_jax.cli.arguments import Subparsers
+from mtd_jax.decoding.draft_vocabulary import VOCABULARY
 
 _DESCRIPTION = """\
 Says what a native checkpoint, a Hugging Face directory, a GGUF file or a directory of heads holds,
@@ -61,6 +62,8 @@ def _print_heads(summary: dict[str, Any]) -> None:
     }
     for place, shares in enumerate(record.pop("accuracies", None) or (), start=1):
         rows[f"right, place {place}"] = ", ".join(f"{share:.3f}" for share in shares)
+    if VOCABULARY in record:
+        rows["drafts"] = f"the {len(record.pop(VOCABULARY)):,} most frequent tokens"
     rows |= {name: json.dumps(value) for name, value in record.items()}
     _print(summary, rows)
 

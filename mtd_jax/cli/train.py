@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtd_jax import methods
 from mtd_jax.cli import arguments
@@ -18,6 +19,7 @@ from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
 from mtd_jax.convert.heads import save_heads
 from mtd_jax.convert.load import load_as_stored, read_description
+from mtd_jax.decoding.draft_vocabulary import VOCABULARY, most_frequent
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import encode, read_prompts
 from mtd_jax.errors import InputError
@@ -28,7 +30,15 @@ from mtd_jax.training.data import prepare
 from mtd_jax.training.devices import Processes, training_mesh
 from mtd_jax.training.heads import HeadsTraining, measured
 from mtd_jax.training.log import read_log
-from mtd_jax.training.loop import Outcome, Run, fit, flops_per_token, held_out_parts, restored
+from mtd_jax.training.loop import (
+    Outcome,
+    Run,
+    behind_step,
+    fit,
+    flops_per_token,
+    held_out_parts,
+    restored,
+)
 from mtd_jax.training.plan import abstract_step, step_memory
 from mtd_jax.training.rows import Rows, describe_row
 from mtd_jax.training.step import Trainer
@@ -61,6 +71,10 @@ _HEADS, _MODEL = "heads", "model"
 _HEADS_DTYPE = jnp.bfloat16
 """Guesses need no more digits, and heads travel with packages: what is lossless does not hang on
 them."""
+
+
+_COUNTED_ROWS = 4096
+"""Rows from all over that frequent tokens are counted in, at most."""
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
@@ -141,6 +155,7 @@ def prepare_run(config: TrainConfig) -> Run:
         seed=config.seed,
         cache=cache_directory() / "tokens",
     )
+    trainer = _counted(trainer, data.train, model.vocab_size)
     run = Run(
         config=config,
         model=model,
@@ -177,6 +192,7 @@ def _dry_look(run: Run) -> dict[str, Any]:
         "frozen_parameters": count(frozen),
         "batch": [config.data.batch_size, config.data.length],
         "steps": config.optimizer.steps,
+        "goes_on_behind_step": behind_step(run),
         "data": {
             "train": _statistics(run.train),
             **({} if run.held_out is None else {"held_out": _statistics(run.held_out)}),
@@ -205,6 +221,8 @@ def _show(report: dict[str, Any]) -> None:
     )
     rows, length = report["batch"]
     console.print(f"a step      {rows} rows of {length} tokens; {report['steps']:,} steps")
+    if report["goes_on_behind_step"] is not None:
+        console.print(f"goes on     behind step {report['goes_on_behind_step']:,}")
     for name, values in report["data"].items():
         text = ", ".join(f"{key} {value:,}" for key, value in values.items())
         console.print(f"{name:<11} {text}")
@@ -248,7 +266,7 @@ def _export(run: Run, outcome: Outcome) -> None:
 def _save_heads(
     run: Run, base: LanguageModel, objective: HeadsTraining, trained: Any, frozen: Any, steps: int
 ) -> None:
-    record = {
+    record: dict[str, Any] = {
         "steps": steps,
         "model": base.source,
         "config": to_dict(run.config),
@@ -260,8 +278,21 @@ def _save_heads(
         weights = jax.tree.map(lambda w: w.astype(_HEADS_DTYPE), trained)
         with jax.set_mesh(run.mesh):
             record |= measured(objective, weights, frozen, held_out_parts(run))
+    if objective.vocabulary:
+        record[VOCABULARY] = list(objective.vocabulary)
     heads = objective.heads(trained, base.fingerprint, record)
     save_heads(heads, run.directory / _HEADS, dtype=_HEADS_DTYPE, force=True)
+
+
+def _counted(trainer: Trainer, rows: Rows, size: int) -> Trainer:
+    """The trainer, told which tokens the answers in the rows use most, if it drafts those alone."""
+    objective = trainer.objective
+    if not isinstance(objective, HeadsTraining) or not objective.vocabulary:
+        return trainer
+    some = (rows[i] for i in range(0, len(rows), max(1, len(rows) // _COUNTED_ROWS)))
+    texts = (np.asarray(row.tokens[row.answer]) for row in some)
+    ids = most_frequent(texts, size, objective.spec.vocabulary)
+    return dataclasses.replace(trainer, objective=dataclasses.replace(objective, vocabulary=ids))
 
 
 def _save_model(run: Run, base: LanguageModel, params: Parameters, steps: int) -> LanguageModel:

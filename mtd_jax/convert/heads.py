@@ -24,6 +24,7 @@ from mtd_jax.convert.inventory import check_inventory, take_inventory
 from mtd_jax.convert.method_files import FILE, MethodFile, read_method, write_method
 from mtd_jax.convert.orbax_tree import restore_tree, save_tree, stored_shapes
 from mtd_jax.convert.tensor_source import FLOATS
+from mtd_jax.decoding.draft_vocabulary import VOCABULARY, DraftVocabulary
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.errors import InputError, unknown_name
@@ -52,7 +53,10 @@ def _loaded(directory: Path, model: LanguageModel, dtype: DTypeLike | None) -> H
     file = read_method(directory)
     file.check_base(model.fingerprint, directory)
     weights = read_weights(directory, file, model.config, dtype, mesh=model.mesh)
-    return Heads(file.method, file.options, file.base, weights, file.record)
+    vocabulary = None
+    if methods.make_spec(file.method, file.options).vocabulary:
+        vocabulary = DraftVocabulary.of(model.params, file.record.get(VOCABULARY))
+    return Heads(file.method, file.options, file.base, weights, file.record, vocabulary)
 
 
 def shipped_heads(method: str, model: LanguageModel) -> Path | None:

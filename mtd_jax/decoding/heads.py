@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.draft_vocabulary import DraftVocabulary
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.losses import Totals
 from mtd_jax.transformer.model import Parameters
@@ -39,6 +40,8 @@ class Heads:
     """The pytree that the spec declares, of arrays."""
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """How they were trained and how good they are; JSON."""
+    vocabulary: DraftVocabulary | None = None
+    """Tokens that may be drafted; None: all."""
 
     @property
     def accuracies(self) -> np.ndarray | None:
@@ -77,6 +80,14 @@ class HeadsSpec(abc.ABC):
     @abc.abstractmethod
     def depth(self) -> int:
         """Tokens drafted behind the next one: k."""
+
+    @property
+    def vocabulary(self) -> int:
+        """So many of the most frequent tokens of the texts are drafted; 0 is all of the base's.
+
+        Where it is not 0, `training_loss` and `guesses` take the keyword `vocabulary`: their ids.
+        """
+        return 0
 
     @abc.abstractmethod
     def declare(self, config: ModelConfig) -> Any:

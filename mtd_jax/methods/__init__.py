@@ -166,7 +166,14 @@ def medusa(heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact") -
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
     """
     spec = spec_of(heads, _medusa.MedusaSpec)
-    return _medusa.make(spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance)
+    return _medusa.make(
+        spec,
+        heads.weights,
+        heads.accuracies,
+        tree=tree,
+        acceptance=acceptance,
+        vocabulary=heads.vocabulary,
+    )
 
 
 def hidden_transfer(
@@ -186,7 +193,13 @@ def hidden_transfer(
     """
     spec = spec_of(heads, HiddenTransferSpec)
     return _hidden_transfer.make(
-        spec, heads.weights, heads.accuracies, tree=tree, pseudo=pseudo, acceptance=acceptance
+        spec,
+        heads.weights,
+        heads.accuracies,
+        tree=tree,
+        pseudo=pseudo,
+        acceptance=acceptance,
+        vocabulary=heads.vocabulary,
     )
 
 
@@ -216,7 +229,12 @@ def independent_heads(
     """
     spec = spec_of(heads, IndependentHeadsSpec)
     return _independent.make(
-        spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance
+        spec,
+        heads.weights,
+        heads.accuracies,
+        tree=tree,
+        acceptance=acceptance,
+        vocabulary=heads.vocabulary,
     )
 
 

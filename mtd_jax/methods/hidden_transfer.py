@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.draft_vocabulary import DraftVocabulary, bytes_read, likeliest
 from mtd_jax.decoding.method import Extend
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.traffic import weight_bytes
@@ -38,7 +39,7 @@ from mtd_jax.methods.drafting import RowDrafting, choose_trees
 from mtd_jax.methods.transfer import HiddenTransferSpec, TransferWeights, Way
 from mtd_jax.parameters import size_in_bytes
 from mtd_jax.transformer.cache import KVCache
-from mtd_jax.transformer.model import Parameters, embed, rows_behind, unembed
+from mtd_jax.transformer.model import Parameters, embed, normed, rows_behind, unembed
 from mtd_jax.transformer.stack import Skip, decode_range
 from mtd_jax.typing import Array, Float, Int
 
@@ -54,6 +55,7 @@ class HiddenTransfer(RowDrafting):
     """
 
     weights: TransferWeights
+    vocabulary: DraftVocabulary | None
     spec: HiddenTransferSpec = struct.field(pytree_node=False)
     pseudo: Schedule = struct.field(pytree_node=False)
 
@@ -66,7 +68,10 @@ class HiddenTransfer(RowDrafting):
         below = layers if self.pseudo == "all" else layers[: self._way(config).marks[0]]
         left_out = Skip(attention=frozenset(below), mlp=frozenset(below))
         kept = 1 - len(below) / len(layers)
-        return size_in_bytes(self.weights) + weight_bytes(params, left_out) + kept * cached
+        # The output head is among the latter whole.
+        whole, part = (bytes_read(v, params) for v in (None, self.vocabulary))
+        read = weight_bytes(params, left_out) - whole + part
+        return size_in_bytes(self.weights) + read + kept * cached
 
     def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
         """Needs the layers that its maps stand at."""
@@ -90,12 +95,19 @@ class HiddenTransfer(RowDrafting):
         self, params: Parameters, row: Float[Array, "B W"], ranks: int, cache: KVCache
     ) -> Int[Array, "B depth ranks"]:
         """The likeliest tokens of every step."""
-        return jax.lax.top_k(self.logits(params, row, cache), ranks)[1].astype(jnp.int32)
+        rows = normed(params, self.pseudo_rows(params, row, cache))
+        return likeliest(self.vocabulary, params, rows, ranks)
 
     def logits(
         self, params: Parameters, row: Float[Array, "B W"], cache: KVCache
     ) -> Float[Array, "B k V"]:
         """Float32 logits of every step behind the last token of the `cache`, of which `row` is."""
+        return unembed(params, self.pseudo_rows(params, row, cache))
+
+    def pseudo_rows(
+        self, params: Parameters, row: Float[Array, "B W"], cache: KVCache
+    ) -> Float[Array, "B k D"]:
+        """What the last layer makes of them."""
         config = params.config
         batch, width = row.shape[0], config.hidden_size
         parts = row.reshape(batch, -1, width)
@@ -106,10 +118,8 @@ class HiddenTransfer(RowDrafting):
             return self._passed(params, tapped, cache)
 
         if self.pseudo == "all":
-            rows = jax.lax.cond(jnp.any(carried != 0), lambda: carried, passed)
-        else:
-            rows = passed()
-        return unembed(params, rows)
+            return jax.lax.cond(jnp.any(carried != 0), lambda: carried, passed)
+        return passed()
 
     def _way(self, config: ModelConfig) -> Way:
         return self.spec.way(config).first(self.weights.count)
@@ -184,12 +194,14 @@ def make(
     tree: str = "auto",
     pseudo: Schedule = "accepted",
     acceptance: Acceptance = "exact",
+    vocabulary: DraftVocabulary | None = None,
 ) -> HiddenTransfer:
     """The method with these weights; `methods.hidden_transfer` says what the options mean."""
     trees = choose_trees(tree, spec.depth, accuracies)
     return HiddenTransfer(
         **trees.fields(acceptance),
         weights=weights.first(trees.depth),
+        vocabulary=vocabulary,
         spec=spec,
         pseudo=pseudo,
     )

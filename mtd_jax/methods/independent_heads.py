@@ -17,13 +17,13 @@ more layers: every row passes them all, and the newest row's guesses are there w
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.draft_vocabulary import DraftVocabulary, bytes_read, likeliest
 from mtd_jax.decoding.method import Extend
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import TokenTree
@@ -33,7 +33,7 @@ from mtd_jax.parameters import count, size_in_bytes
 from mtd_jax.transformer import block
 from mtd_jax.transformer.block import Block
 from mtd_jax.transformer.cache import KVCache
-from mtd_jax.transformer.model import Parameters, declare, embed, normed, rows_behind, unembed
+from mtd_jax.transformer.model import Parameters, embed, normed, rows_behind
 from mtd_jax.transformer.packed import Packed, packed_rows
 from mtd_jax.transformer.stack import decode_range, frozen_range, train_stack
 from mtd_jax.typing import Array, Float, Int
@@ -85,7 +85,7 @@ class IndependentHeadsSpec(RowHeadsSpec):
 
     def flops(self, config: ModelConfig) -> float:
         """2 for each weight forward, 2 for its gradient, 2 for the rows within a head."""
-        output = config.hidden_size * config.vocab_size * self.count
+        output = config.hidden_size * self.tokens(config) * self.count
         return 6.0 * count(self.declare(config)) + 4.0 * output
 
 
@@ -94,13 +94,13 @@ class IndependentHeads(RowDrafting):
 
     heads: tuple[Block, ...]
     """A layer each."""
+    vocabulary: DraftVocabulary | None
 
     name: ClassVar[str] = IndependentHeadsSpec.name
 
     def partial_bytes(self, params: Parameters, cached: float) -> float:
         """The heads, which every pass runs, and the output head once more."""
-        output = math.prod(declare(params.config).embedding.shape) * params.embedding.itemsize
-        return size_in_bytes(self.heads) + output
+        return size_in_bytes(self.heads) + bytes_read(self.vocabulary, params)
 
     def width(self, config: ModelConfig) -> int:
         """The last layer's output and the heads'."""
@@ -119,7 +119,7 @@ class IndependentHeads(RowDrafting):
     ) -> Int[Array, "B depth ranks"]:
         """The likeliest tokens of every head."""
         rows = row.reshape(row.shape[0], -1, params.config.hidden_size)[:, 1:]
-        return jax.lax.top_k(unembed(params, rows), ranks)[1].astype(jnp.int32)
+        return likeliest(self.vocabulary, params, normed(params, rows), ranks)
 
     def _extend(
         self,
@@ -155,12 +155,14 @@ def make(
     *,
     tree: str = "auto",
     acceptance: Acceptance = "exact",
+    vocabulary: DraftVocabulary | None = None,
 ) -> IndependentHeads:
     """The method with these weights; `methods.independent_heads` says what the options mean."""
     trees = choose_trees(tree, spec.depth, accuracies)
     return IndependentHeads(
         **trees.fields(acceptance),
         heads=block.unstack(weights)[: trees.depth],
+        vocabulary=vocabulary,
     )
 
 

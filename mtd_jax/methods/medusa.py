@@ -21,13 +21,15 @@ from flax import struct
 from jax.nn import initializers
 
 from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.draft_vocabulary import DraftVocabulary, bytes_read, likeliest
 from mtd_jax.decoding.speculative import Acceptance
+from mtd_jax.errors import InputError
 from mtd_jax.methods.drafting import RowDrafting, choose_trees
 from mtd_jax.methods.row_heads import RowHeadsSpec
 from mtd_jax.parameters import Weight, size_in_bytes
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.linear import contract
-from mtd_jax.transformer.model import Parameters, declare, normed, project
+from mtd_jax.transformer.model import Parameters, normed, project
 from mtd_jax.transformer.packed import Packed, frozen_rows
 from mtd_jax.typing import Array, Float, Int
 
@@ -80,6 +82,11 @@ class MedusaSpec(RowHeadsSpec):
 
     name: ClassVar[str] = "medusa"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocabulary and self.own_output:
+            raise InputError("vocabulary does not go with own_output")
+
     def declare(self, config: ModelConfig) -> MedusaWeights:
         """`Weight`s; zeros make a head of the base's own guess."""
         width, vocab = config.hidden_size, config.vocab_size
@@ -115,7 +122,7 @@ class MedusaSpec(RowHeadsSpec):
     def flops(self, config: ModelConfig) -> float:
         """2 for each weight forward, 2 for its gradient, 2 for the row's where that is wanted."""
         weight = math.prod(self.declare(config).weight.shape)
-        output = config.hidden_size * config.vocab_size * self.count
+        output = config.hidden_size * self.tokens(config) * self.count
         return 4.0 * weight + (6.0 if self.own_output else 4.0) * output
 
 
@@ -123,14 +130,15 @@ class Medusa(RowDrafting):
     """See the module's docstring; made by `methods.medusa`."""
 
     weights: MedusaWeights
+    vocabulary: DraftVocabulary | None
 
     name: ClassVar[str] = MedusaSpec.name
 
     def partial_bytes(self, params: Parameters, cached: float) -> float:
         """The heads and what they read with, once for all drafts of a step."""
-        output = declare(params.config).embedding
-        shared = 0 if self.weights.output else math.prod(output.shape) * params.embedding.itemsize
-        return size_in_bytes(self.weights) + shared
+        if self.weights.output:
+            return size_in_bytes(self.weights)
+        return size_in_bytes(self.weights) + bytes_read(self.vocabulary, params)
 
     def guesses(
         self,
@@ -140,8 +148,10 @@ class Medusa(RowDrafting):
         cache: KVCache | None = None,
     ) -> Int[Array, "B depth ranks"]:
         """The likeliest tokens of every head."""
-        logits = self.logits(params, row)
-        return jax.lax.top_k(logits, ranks)[1].astype(jnp.int32)
+        if self.weights.output:
+            return jax.lax.top_k(self.logits(params, row), ranks)[1].astype(jnp.int32)
+        rows = self.weights.rows(normed(params, row))
+        return likeliest(self.vocabulary, params, rows, ranks)
 
     def logits(self, params: Parameters, row: Float[Array, "B D"]) -> Float[Array, "B k V"]:
         """Float32 logits of every head from the last layer's output."""
@@ -159,10 +169,12 @@ def make(
     *,
     tree: str = "auto",
     acceptance: Acceptance = "exact",
+    vocabulary: DraftVocabulary | None = None,
 ) -> Medusa:
     """The method with these weights; `methods.medusa` says what the options mean."""
     trees = choose_trees(tree, spec.depth, accuracies)
     return Medusa(
         **trees.fields(acceptance),
         weights=weights.first(trees.depth),
+        vocabulary=vocabulary,
     )

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.draft_vocabulary import cut
 from mtd_jax.decoding.heads import HeadsSpec
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.losses import Totals, cross_entropy, divergences, mapped_over_chunks
@@ -22,6 +24,7 @@ from mtd_jax.transformer.packed import Packed
 from mtd_jax.typing import Array, Float, Int
 
 _MOST_HEADS = 16
+_FEWEST_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +42,21 @@ class RowHeadsSpec(HeadsSpec):
     says at that place, KL(p_base(. | x_<=n+i+1) || p_i(. | x_<=n))."""
     decay: float = 0.8
     """Weight of a head's loss against that of the head before it."""
+    vocabulary: int = 0
+    """So many of the tokens that are most frequent in the answers trained on are drafted, learned
+    from and read of the output head (FR-Spec, arXiv 2502.14856); 0 is all."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= _MOST_HEADS:
             raise InputError(f"count must be between 1 and {_MOST_HEADS}, got {self.count}")
         if not 0.0 < self.decay <= 1.0:
             raise InputError(f"decay must be over 0 and at most 1, got {self.decay}")
+        if self.vocabulary and self.vocabulary < _FEWEST_TOKENS:
+            raise InputError(
+                f"vocabulary must be 0 (all) or at least {_FEWEST_TOKENS}, got {self.vocabulary}"
+            )
+        if self.vocabulary and self.loss != "distillation":
+            raise InputError("vocabulary goes with loss = distillation alone")
 
     @property
     def depth(self) -> int:
@@ -74,10 +86,16 @@ class RowHeadsSpec(HeadsSpec):
         counts: Totals,
         *,
         chunk: int,
+        vocabulary: tuple[int, ...] = (),
     ) -> tuple[jax.Array, Totals]:
-        """sum_i decay^i mean_n L_i(n), and how often each head's best guess is right."""
+        """sum_i decay^i mean_n L_i(n), and how often each head's best guess is right.
+
+        Args:
+          vocabulary: ids, of which alone both the base and the heads say the next.
+        """
         base = jax.lax.stop_gradient(base)
         h, rows = self.rows(weights, base, batch)
+        base = cut(base, vocabulary) if vocabulary else base
         readers = tuple(self.reader(weights, base, i) for i in range(self.count))
         wanted = [batch.targets(i + 2)[1] for i in range(self.count)]
         numbers = [jnp.maximum(counts[_count(i)], 1.0) for i in range(self.count)]
@@ -110,15 +128,29 @@ class RowHeadsSpec(HeadsSpec):
         return loss, {"loss": loss, **measured}
 
     def guesses(
-        self, weights: Any, base: Parameters, batch: Packed, ranks: int, *, chunk: int
+        self,
+        weights: Any,
+        base: Parameters,
+        batch: Packed,
+        ranks: int,
+        *,
+        chunk: int,
+        vocabulary: tuple[int, ...] = (),
     ) -> tuple[Int[Array, "B T"], Int[Array, "B T k ranks"]]:
-        """Of every position, as `HeadsSpec.guesses` says."""
+        """Of every position, as `HeadsSpec.guesses` says; heads guess of `vocabulary` alone."""
         h, rows = self.rows(weights, base, batch)
+        own = ranked(base, h, 1, chunk)[..., 0]
+        base = cut(base, vocabulary) if vocabulary else base
         heads = [
             ranked(self.reader(weights, base, i), rows[..., i, :], ranks, chunk)
             for i in range(self.count)
         ]
-        return ranked(base, h, 1, chunk)[..., 0], jnp.stack(heads, axis=2)
+        found = jnp.stack(heads, axis=2)
+        return own, jnp.asarray(vocabulary, jnp.int32)[found] if vocabulary else found
+
+    def tokens(self, config: ModelConfig) -> int:
+        """Those that are drafted: rows of the output head that heads read."""
+        return min(self.vocabulary or config.vocab_size, config.vocab_size)
 
 
 def ranked(

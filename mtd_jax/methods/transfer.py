@@ -200,7 +200,7 @@ class HiddenTransferSpec(RowHeadsSpec):
         matrices = (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
         each = sum(math.prod(matrix.shape[1:]) for matrix in matrices)
         passed = sum(config.num_layers - start for start in self.way(config).layers)
-        output = config.hidden_size * config.vocab_size * self.count
+        output = config.hidden_size * self.tokens(config) * self.count
         return 4.0 * (passed * each + output + parameters.count(self.declare(config)))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mtd_jax import methods, sharding
+from mtd_jax.decoding.draft_vocabulary import DraftVocabulary
 from mtd_jax.decoding.heads import ACCURACIES, Heads, HeadsSpec
 from mtd_jax.decoding.method import Method
 from mtd_jax.training.utilization import weights_in_products
@@ -30,6 +31,8 @@ class HeadsTraining:
     """Of the weights before the first step."""
     chunk: int
     """Positions whose logits a device holds at a time, over all its rows."""
+    vocabulary: tuple[int, ...] = ()
+    """Ids that are drafted, where the spec asks for some; empty: all of the base's."""
 
     def split(self, params: Parameters) -> tuple[Any, Any]:
         """New weights of the method, laid out as the base is; and the base."""
@@ -59,7 +62,8 @@ class HeadsTraining:
         """What the spec says."""
         del key
         chunk = self.chunk_of(batch)
-        return self.spec.training_loss(trainable, frozen, batch, counts, chunk=chunk)
+        ids = {"vocabulary": self.vocabulary} if self.vocabulary else {}
+        return self.spec.training_loss(trainable, frozen, batch, counts, chunk=chunk, **ids)
 
     def chunk_of(self, batch: Packed) -> int:
         """Positions of a row whose logits exist at a time."""
@@ -69,7 +73,10 @@ class HeadsTraining:
     def flops(self, trainable: Any, frozen: Any) -> float:
         """The base forward, its output head once; the heads both ways."""
         del trainable
-        return 2.0 * weights_in_products(frozen) + self.spec.flops(frozen.config)
+        config = frozen.config
+        unread = (config.vocab_size - len(self.vocabulary)) if self.vocabulary else 0
+        products = weights_in_products(frozen) - unread * config.hidden_size
+        return 2.0 * products + self.spec.flops(config)
 
     def heads(self, trainable: Any, base: str, record: dict[str, Any]) -> Heads:
         """Trained weights as what is kept of them."""
@@ -79,6 +86,9 @@ class HeadsTraining:
         """The base and the method, by whose decoding acceptance is really measured."""
         weights = jax.tree.map(lambda w: w.astype(frozen.embedding.dtype), trainable)
         heads = self.heads(weights, "", {})
+        if self.vocabulary:
+            drafted = DraftVocabulary.of(frozen, list(self.vocabulary))
+            heads = dataclasses.replace(heads, vocabulary=drafted)
         # Always the same tree: acceptance is to be compared from one evaluation to the next.
         sized = heads.options.get("tree", "auto") in ("auto", "measured")
         options = {"tree": "chain"} if sized else {}
@@ -100,9 +110,11 @@ def measured(
     """
     ranks = min(ranks, base.config.vocab_size)
     spec = objective.spec
+    ids = {"vocabulary": objective.vocabulary} if objective.vocabulary else {}
 
     def counted(weights: Any, base: Parameters, batch: Packed) -> dict[str, jax.Array]:
-        own, guesses = spec.guesses(weights, base, batch, ranks, chunk=objective.chunk_of(batch))
+        chunk = objective.chunk_of(batch)
+        own, guesses = spec.guesses(weights, base, batch, ranks, chunk=chunk, **ids)
         return _hits(own, guesses, batch)
 
     count = jax.jit(counted)

@@ -35,6 +35,8 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         if config.tensorboard:
             self._events = _event_writer(directory / "events", first)
+            if self._events is None:
+                self.say("no event files for TensorBoard: pip install tensorboardX makes them")
         if sys.stderr.isatty():
             self._bar = _bar(steps, first)
 

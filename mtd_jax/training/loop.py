@@ -121,7 +121,7 @@ def restored(run: Run, which: str) -> Outcome:
         try:
             step = checkpoints.find(which)
             base = run.load()
-            check_same_run(checkpoints.about(step), _about(run, base))
+            check_same_run(checkpoints.about(step), _about(run, base.fingerprint))
             trainable, frozen = _split(run, base)
             state, _ = checkpoints.restore(step, run.trainer.layout(trainable, run.mesh))
         finally:
@@ -129,11 +129,33 @@ def restored(run: Run, which: str) -> Outcome:
     return Outcome(state, frozen, finished=step == run.config.optimizer.steps)
 
 
-def _about(run: Run, base: LanguageModel) -> dict[str, Any]:
-    """What a checkpoint says of its run."""
+def behind_step(run: Run) -> int | None:
+    """The step of the newest checkpoint, behind which `fit` would go on; None if there is none.
+
+    Weights are not read, so a checkpoint of another base is found by `fit` alone.
+
+    Raises:
+      InputError: the checkpoint is of another run.
+    """
+    directory = run.directory / _CHECKPOINTS
+    if not directory.is_dir():
+        return None
+    checkpoints = Checkpoints(directory, run.config.checkpoint, read_only=True)
+    try:
+        newest = checkpoints.latest
+        if newest is not None:
+            saved = checkpoints.about(newest)
+            check_same_run(saved, _about(run, saved.get("base")))
+    finally:
+        checkpoints.close()
+    return newest
+
+
+def _about(run: Run, base: str | None) -> dict[str, Any]:
+    """What a checkpoint says of its run, on a base of this fingerprint."""
     return {
         "config": to_dict(run.config),
-        "base": base.fingerprint,
+        "base": base,
         "rows": run.train.fingerprint,
     }
 
@@ -147,7 +169,7 @@ def _split(run: Run, base: LanguageModel) -> tuple[Any, Any]:
 def _fit(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> Outcome:
     config, trainer = run.config, run.trainer
     base = run.load()
-    about = _about(run, base)
+    about = _about(run, base.fingerprint)
     check_same_everywhere(about)
     newest = checkpoints.latest
     if newest is not None:  # before heads are made, which compiles

@@ -254,7 +254,9 @@ def _heads(config: TrainConfig) -> Objective:
     if isinstance(spec, CPSpec) and spec.trunk == "trained":
         memory = config.memory
         return WholeTraining(spec, about, config.seed, memory.loss_chunk, remat=memory.remat)
-    return HeadsTraining(spec, about, config.seed, config.memory.loss_chunk)
+    # Which tokens the texts use most is not known yet; as many others have the same shapes.
+    vocabulary = tuple(range(spec.vocabulary))
+    return HeadsTraining(spec, about, config.seed, config.memory.loss_chunk, vocabulary)
 
 
 _OBJECTIVES: Mapping[str, Callable[[TrainConfig], Objective]] = MappingProxyType(

@@ -167,6 +167,7 @@ def test_heads_compile_without_weights(tmp_path: Path) -> None:
         (["--decode-mesh", "tensor=3"], "does not divide the 8 devices"),
         (["--decode-batch", "3"], "--decode-batch 3 does not spread"),
         (["--decode-mesh", "tensr=2"], "unknown mesh axis 'tensr'"),
+        (["--set", "mesh.slices=2"], "a topology is one slice"),
     ],
 )
 def test_slips_of_decoding_are_found_before_anything_is_compiled(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,12 +48,24 @@ print(json.dumps({"peak": peak, "estimate": estimate.total, "temporary": estimat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "layer"])
-def test_peak_memory_is_within_15_percent_of_the_estimate(tmp_path: Path, remat: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"memory__remat": "none"}, 0.15),
+        ({"memory__remat": "layer"}, 0.15),
+        ({"method": "medusa"}, 0.15),
+        # The CPU's kernels take scratch memory that the compiler does not count: most here.
+        ({"method": "hidden_transfer", "options__layers": "2"}, 0.25),
+    ],
+    ids=["remat-none", "remat-layer", "medusa", "hidden-transfer"],
+)
+def test_peak_memory_is_near_the_estimate(
+    tmp_path: Path, changes: dict[str, Any], most: float
+) -> None:
     write_model(tmp_path, hidden_size=384, intermediate_size=1024, num_layers=4, head_dim=96)
     write_texts(tmp_path, count=2000)
     config = write_config(
-        tmp_path, data__length=256, data__batch_size=32, memory__remat=remat, optimizer__steps=1
+        tmp_path, data__length=256, data__batch_size=32, optimizer__steps=1, **changes
     )
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, str(config)],
@@ -65,5 +78,7 @@ def test_peak_memory_is_within_15_percent_of_the_estimate(tmp_path: Path, remat:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert found["temporary"] > 0.3 * found["estimate"]
-    assert abs(found["peak"] / found["estimate"] - 1) < 0.15, found
+    assert abs(found["peak"] / found["estimate"] - 1) < most, found
+    # What is held is the same number on both sides: what a step takes for itself must agree alone.
+    taken = found["peak"] - (found["estimate"] - found["temporary"])
+    assert abs(taken / found["temporary"] - 1) < most + 0.05, found

@@ -26,6 +26,7 @@ def test_from_a_config_to_a_speed(place: Path) -> None:
         out=str(out),
         method="medusa",
         options__count=2,
+        options__vocabulary=64,
         options__acceptance="exact",
         evaluate__prompts=str(prompts),
         evaluate__new_tokens=8,
@@ -103,7 +104,8 @@ def test_from_a_config_to_a_speed(place: Path) -> None:
     assert row["identical_to_ar"]
     assert row["lossless"]
     summary = json.loads(seen.out)
-    assert summary["options"] == {"acceptance": "exact", "count": 2}
+    assert summary["options"] == {"acceptance": "exact", "count": 2, "vocabulary": 64}
+    assert len(summary["record"]["vocabulary"]) == 64
     assert summary["record"]["steps"] == 6
     assert len(summary["record"]["accuracies"]) == 2
     assert "right, place 2" in table.out

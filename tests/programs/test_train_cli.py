@@ -114,17 +114,22 @@ def test_a_run_from_the_dry_look_to_an_answer(place: Path) -> None:
         evaluate__new_tokens=8,
         log__tensorboard=True,
     )
-    look, table, done, again, answer = run_commands(
+    look, table, done, again, answer, behind, other = run_commands(
         [
             ["train", config, "--dry-run", "--json"],
             ["train", config, "--dry-run"],
             ["train", config, "--json"],
             ["train", config, "--json"],
             ["generate", "--model", out / "model", "--prompt", "the fox", "--max-new-tokens", "4"],
+            ["train", config, "--dry-run"],
+            ["train", config, "--dry-run", "--set", "seed=1"],
         ]
     )
     assert [look.code, table.code, done.code, again.code, answer.code] == [0] * 5, done.err
+    assert "goes on     behind step 6\n" in behind.out
+    assert "made with seed = 0" in assert_refused(other)
     report = json.loads(look.out)
+    assert report["goes_on_behind_step"] is None
     assert report["batch"] == [8, 48]
     assert report["data"]["train"]["learned"] > 0
     memory = report["memory_per_device"]

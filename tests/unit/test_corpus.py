@@ -20,7 +20,7 @@ from mtd_jax.tokenizer import Tokenizer
 from tests.support.tokenizers import byte_level
 from train import corpus
 from train.texts import readers, sources
-from train.texts.assemble import build, normalised, traces
+from train.texts.assemble import ASKED, build, normalised, traces
 from train.texts.documents import Document, dialogue
 from train.texts.prompts import LONGEST, prompts_of
 from train.texts.sources import Found, Source
@@ -360,7 +360,8 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert corpus.main([*place, "--size", "small"]) == 0
     assert "python_stdlib" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["sources"].keys() == {"python_stdlib"}
+    assert manifest["sources"].keys() == {"python_stdlib", ASKED}
+    assert manifest["sources"][ASKED]["prompts"] > 100
     assert manifest["command"].startswith("python -m train.corpus --offline")
 
 

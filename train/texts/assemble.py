@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ from train.texts.sources import Found
 SMALL_CHARACTERS = 4_300_000
 """About 1 M tokens, shared equally by the sources that are there."""
 _SMALL_PROMPTS = 200
+ASKED = "instructions"
+"""The source, in the manifest, of what is asked beside what the sources give."""
 _LINE = 60
 """Letters and digits from which on a line of an excluded prompt is known again elsewhere."""
 
@@ -58,6 +61,7 @@ def build(
     seed: int = 0,
     share: float = 0.01,
     excluded: Iterable[str] = (),
+    asked: Iterable[tuple[str, str]] = (),
     tokenizer: Tokenizer | None = None,
     about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -66,17 +70,22 @@ def build(
     Args:
       share: of the documents that is held out.
       excluded: prompts that must not be in it.
+      asked: ids and texts of prompts that no source gives.
       about: goes into the manifest as it is.
     """
     banned = {trace for text in excluded for trace in traces(text)} - {""}
     counts: Counter[str] = Counter()
     with atomic_directory(out) as work, _bar() as bar:
         check_space(work, 3_000_000 if size == "small" else 1_200_000_000)
+        room = Counter({f.source.name: f.source.prompts for f in found} | {ASKED: 10_000})
+        if size == "small":
+            room = Counter(dict.fromkeys(room, _SMALL_PROMPTS))
+        offered = room.copy()
         spool = work / "spool"
         with spool.open("wb") as file:
             entries = list(_collected(bar(found, "sources"), file, seed, share, banned, counts))
         chosen = _within_budget(entries, found, size)
-        statistics: dict[str, Counter[str]] = {item.source.name: Counter() for item in found}
+        statistics: dict[str, Counter[str]] = {name: Counter() for name in room}
         with spool.open("rb") as file:
             for name, is_held_out in (("held_out", True), ("train", False)):
                 part = [entry for entry in chosen if entry.held_out == is_held_out]
@@ -87,7 +96,15 @@ def build(
                     counter["characters"] += len(document.content)
                     if tokenizer is not None:
                         counter["tokens"] += len(tokenizer.encode(document.content))
-            _write_prompts(work, file, bar(chosen, "prompts"), found, size, banned, statistics)
+            turns = itertools.chain(
+                _turns(_read(file, bar([e for e in chosen if not e.held_out], "prompts")), room),
+                ((ASKED, *pair) for pair in asked),
+            )
+            held_out = _read(file, (entry for entry in chosen if entry.held_out))
+            known = {normalised(turn) for item in held_out for turn in item.user_turns[:1]}
+            _write_prompts(work / "prompts.jsonl", turns, room, seed, known, banned)
+            for name, count in (offered - room).items():
+                statistics[name]["prompts"] = count
         spool.unlink()
         manifest: dict[str, Any] = {
             "format": 1,
@@ -97,8 +114,8 @@ def build(
             **(about or {}),
             "left_out": dict(sorted(counts.items())),
             "sources": {
-                item.source.name: {**item.described(), **dict(statistics[item.source.name])}
-                for item in found
+                **{f.source.name: {**f.described(), **statistics[f.source.name]} for f in found},
+                ASKED: {"kind": "instructions", "licence": "Apache-2.0", **statistics[ASKED]},
             },
             "total": dict(sum(statistics.values(), Counter())),
             "files": {
@@ -154,31 +171,37 @@ def _within_budget(entries: list[Entry], found: Sequence[Found], size: str) -> l
     return chosen
 
 
+def _turns(documents: Iterable[Document], room: Counter[str]) -> Iterator[tuple[str, str, str]]:
+    """Source, id and text of user turns, of sources that have room for more."""
+    for document in documents:
+        for pair in prompts_of(document) if room[document.source] > 0 else ():
+            yield document.source, *pair
+
+
 def _write_prompts(
-    work: Path,
-    spool: BinaryIO,
-    entries: Iterable[Entry],
-    found: Sequence[Found],
-    size: str,
+    path: Path,
+    turns: Iterable[tuple[str, str, str]],
+    room: Counter[str],
+    seed: int,
+    known: set[str],
     banned: set[str],
-    statistics: dict[str, Counter[str]],
 ) -> None:
-    """User turns of what is trained on, none of which is held out or banned."""
-    entries = list(entries)
-    held_out = _read(spool, (entry for entry in entries if entry.held_out))
-    taken = {normalised(turn) for document in held_out for turn in document.user_turns[:1]}
-    room = {f.source.name: _SMALL_PROMPTS if size == "small" else f.source.prompts for f in found}
-    with (work / "prompts.jsonl").open("wb") as file:
-        for document in _read(spool, (entry for entry in entries if not entry.held_out)):
-            for name, turn in prompts_of(document) if room[document.source] > 0 else ():
-                known = normalised(turn)
-                if known in taken or not banned.isdisjoint(traces(turn)):
-                    continue
-                taken.add(known)
-                room[document.source] -= 1
-                statistics[document.source]["prompts"] += 1
-                messages = ({"role": "user", "content": turn},)
-                file.write(Document(name, document.source, messages).line())
+    """Each once, in hashed order, none that is known or banned; takes from `room` what is written.
+
+    Args:
+      turns: source, id, text.
+    """
+    lines: list[tuple[bytes, bytes]] = []
+    taken = set(known)
+    for source, name, turn in turns:
+        key = normalised(turn)
+        if room[source] <= 0 or key in taken or not banned.isdisjoint(traces(turn)):
+            continue
+        taken.add(key)
+        room[source] -= 1
+        order = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        lines.append((order, Document(name, source, ({"role": "user", "content": turn},)).line()))
+    path.write_bytes(b"".join(line for _, line in sorted(lines)))
 
 
 def _read(spool: BinaryIO, entries: Iterable[Entry]) -> Iterator[Document]:
