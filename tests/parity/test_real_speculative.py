@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import mtd_jax as mtd
+from mtd_jax.convert.heads import shipped_heads
 from mtd_jax.evaluation.losslessness import verify
 from tests.support.real import model_directory
 
@@ -41,3 +42,19 @@ def test_tokens_are_those_of_plain_decoding(model: mtd.LanguageModel, name: str)
     done = mtd.generate(model, method, PROMPTS[:2], max_new_tokens=40, batch_size=3)
     for completion in done:
         assert (completion.metrics.mean_acceptance_length or 0) >= floor, completion
+
+
+@pytest.mark.parametrize("name", ["medusa", "hidden_transfer"])
+def test_heads_that_come_with_the_package(model: mtd.LanguageModel, name: str) -> None:
+    """Found by the model's fingerprint; both trees and chains say what the model says."""
+    directory = shipped_heads(name, model)
+    assert directory is not None
+    heads = mtd.load_heads(directory, model)
+    assert heads.accuracies is not None
+    for tree in ("chain", "4x2x1"):
+        method = mtd.methods.make_method(name, {"tree": tree}, heads)
+        report = verify(model, method, PROMPTS, max_new_tokens=40, batch_size=3)
+        assert report.passed, report.to_dict()
+        done = mtd.generate(model, method, PROMPTS, max_new_tokens=40, batch_size=3)
+        accepted = sum(completion.metrics.accepted for completion in done)
+        assert accepted > 0.2 * sum(completion.metrics.spec_steps for completion in done)
