@@ -41,8 +41,10 @@ def provenance() -> dict[str, str | None]:
         )
         commit = described.stdout.strip() or None
     program = Path(sys.argv[0])
-    script = program.name if program.suffix != ".py" else f"python {program}"
-    return {"command": shlex.join([*script.split(" ", 1), *sys.argv[1:]]), "commit": commit}
+    words = [program.name] if program.suffix != ".py" else ["python", str(program)]
+    if program.name == "__main__.py":  # python -m mtd_jax.cli
+        words = ["mtd"]
+    return {"command": shlex.join([*words, *sys.argv[1:]]), "commit": commit}
 
 
 def versions() -> dict[str, str]:
