@@ -172,6 +172,7 @@ def _report(config: TrainConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "method": config.method,
         "steps": config.optimizer.steps,
         "options": dict(config.options),
+        "hardware": environment.hardware(),
         "versions": environment.versions(),
         **environment.provenance(),
         "rows": rows,

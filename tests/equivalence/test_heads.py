@@ -277,6 +277,7 @@ def test_a_resumed_run_is_bit_identical(place: Path, monkeypatch: pytest.MonkeyP
     [
         ("medusa", {"count": 2, "loss": "cross_entropy"}),
         ("medusa", {"count": 2, "loss": "cross_entropy", "own_output": True}),
+        ("medusa", {"count": 2, "vocabulary": 64}),
         ("hidden_transfer", {"count": 2, "loss": "cross_entropy", "rank": 0}),
         ("hidden_transfer", {"count": 2, "loss": "cross_entropy", "rank": 4}),
         ("cp", {"tokens": 2, "rank": 2, "balance": 0.1}),

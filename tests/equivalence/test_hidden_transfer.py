@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -187,19 +188,23 @@ def test_pseudo_rows_leave_the_base_as_it_is() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["all", "accepted"])
-def test_a_mesh_makes_the_same_guesses(tmp_path: Path, schedule: str) -> None:
+@pytest.mark.parametrize(("schedule", "vocabulary"), [("all", 0), ("accepted", 0), ("all", 64)])
+def test_a_mesh_makes_the_same_guesses(tmp_path: Path, schedule: str, vocabulary: int) -> None:
     shape = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4, "intermediate_size": 64}
     path = write_model(tmp_path, num_layers=3, eos_token_ids=(), **shape)
     alone = load(path)
     prompts = [[7] * 6, [3, 4, 5, 6], [50, 40, 50, 40, 50], [9, 8, 7]]
     found = heads.fitted(alone, heads.answers(alone, prompts, 30)[:2], "hidden_transfer")
+    if vocabulary:
+        options = {**found.options, "vocabulary": vocabulary}
+        record = {**found.record, "vocabulary": list(range(vocabulary))}
+        found = dataclasses.replace(found, options=options, record=record)
     save_heads(found, tmp_path / "heads")
     done = []
     for model in (alone, load(path, mesh=make_mesh({"data": 2, "tensor": 2}))):
         mine = load_heads(tmp_path / "heads", model)
-        options = {"tree": "2x1", "pseudo": schedule}
-        method = methods.make_method("hidden_transfer", options, mine)
+        decoding = {"tree": "2x1", "pseudo": schedule}
+        method = methods.make_method("hidden_transfer", decoding, mine)
         completions = generate(model, method, prompts, max_new_tokens=30, batch_size=4)
         done.append([(c.token_ids, c.metrics.histogram) for c in completions])
     assert done[0] == done[1]
