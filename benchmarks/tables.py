@@ -17,7 +17,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("dmtd", "performance", "pods", "training")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("dmtd", "hidden_transfer", "medusa", "performance", "pods", "training")
+    ),
 )
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -315,11 +318,9 @@ def heads_accuracy() -> str:
     for path in sorted((ROOT / "mtd_jax" / "heads").glob("*/method.json")):
         told = json.loads(path.read_text(encoding="utf-8"))
         record = told["record"]
-        places = zip(record["top1"], record["accuracies"], strict=True)
-        for i, (alone, ranks) in enumerate(places, start=1):
-            among = [sum(ranks[: n + 1]) for n in range(5)]
-            cells = [f"{alone:.1%}", *(f"{share:.1%}" for share in among[1:])]
-            rows.append([told["method"], f"n + {i + 1}", *cells])
+        for i, ranks in enumerate(record["accuracies"], start=1):
+            among = [f"{sum(ranks[: n + 1]):.1%}" for n in range(5)]
+            rows.append([told["method"], f"n + {i + 1}", *among])
     return _markdown(head, rows)
 
 
@@ -341,7 +342,6 @@ def transfer_layers() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "heads-accuracy": heads_accuracy,
-    "cpu-heads": lambda: _drafting("cpu-heads"),
     "cpu-transfer-layers": transfer_layers,
     "corpus": corpus,
     "cpu-dmtd-tasks": cycles_tasks,
