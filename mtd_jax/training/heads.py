@@ -100,8 +100,10 @@ def measured(
 ) -> dict[str, Any]:
     """How often the heads are right on held-out batches: the part of a record that trees need.
 
-    Counted where the texts go on as the base itself would, because drafts are verified against the
-    base's own tokens: guess i of position n counts where tokens n + 1 .. n + i + 1 are the base's.
+    Counted in answers alone, whatever `data.loss` learns from: a chat's template is always the same
+    and easily guessed, but never decoded. And where they go on as the base itself would, because
+    drafts are verified against the base's own tokens: guess i of position n counts where tokens
+    n + 1 .. n + i + 1 are the base's.
 
     Returns:
       "accuracies": [k][ranks], the share of right guesses of each rank, where the token of every
@@ -115,7 +117,7 @@ def measured(
     def counted(weights: Any, base: Parameters, batch: Packed) -> dict[str, jax.Array]:
         chunk = objective.chunk_of(batch)
         own, guesses = spec.guesses(weights, base, batch, ranks, chunk=chunk, **ids)
-        return _hits(own, guesses, batch)
+        return _hits(own, guesses, batch.replace(learn=batch.answer))
 
     count = jax.jit(counted)
     parts = [jax.device_get(count(trainable, base, batch)) for batch in batches]

@@ -44,9 +44,14 @@ def test_tokens_are_those_of_plain_decoding(model: mtd.LanguageModel, name: str)
         assert (completion.metrics.mean_acceptance_length or 0) >= floor, completion
 
 
-@pytest.mark.parametrize("name", ["medusa", "hidden_transfer"])
-def test_heads_that_come_with_the_package(model: mtd.LanguageModel, name: str) -> None:
-    """Found by the model's fingerprint; both trees and chains say what the model says."""
+@pytest.mark.parametrize(("name", "floor"), [("medusa", 0.05), ("hidden_transfer", 0.2)])
+def test_heads_that_come_with_the_package(
+    model: mtd.LanguageModel, name: str, floor: float
+) -> None:
+    """Found by the model's fingerprint; both trees and chains say what the model says.
+
+    The floor is half of what a step of the chain is seen to accept.
+    """
     directory = shipped_heads(name, model)
     assert directory is not None
     heads = mtd.load_heads(directory, model)
@@ -57,4 +62,4 @@ def test_heads_that_come_with_the_package(model: mtd.LanguageModel, name: str) -
         assert report.passed, report.to_dict()
         done = mtd.generate(model, method, PROMPTS, max_new_tokens=40, batch_size=3)
         accepted = sum(completion.metrics.accepted for completion in done)
-        assert accepted > 0.2 * sum(completion.metrics.spec_steps for completion in done)
+        assert accepted > floor * sum(completion.metrics.spec_steps for completion in done)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from mtd_jax.cli.main import main
@@ -145,9 +146,14 @@ def test_verify_finds_what_parts_and_why(
         verdict = real(tree, drafts, drafts[:, [*range(1, tree.size), 0]])
         return verdict
 
-    monkeypatch.setattr(verify, "walk", gullible)
     argv = ["verify", "--model", str(model), "--prompts", prompts, *NEW_TOKENS]
-    report = _json(capsys, *argv, "--method", "ngram", "--option", "drafts=2", code=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "walk", gullible)
+        jax.clear_caches()  # no program of an honest verifier, and none of this one for others
+        try:
+            report = _json(capsys, *argv, "--method", "ngram", "--option", "drafts=2", code=1)
+        finally:
+            jax.clear_caches()
     assert not report["passed"]
     worst = next(c for c in report["comparisons"] if not c["passed"])
     assert worst["position"] is not None
