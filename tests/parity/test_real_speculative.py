@@ -44,22 +44,16 @@ def test_tokens_are_those_of_plain_decoding(model: mtd.LanguageModel, name: str)
         assert (completion.metrics.mean_acceptance_length or 0) >= floor, completion
 
 
-@pytest.mark.parametrize(("name", "floor"), [("medusa", 0.05), ("hidden_transfer", 0.2)])
+@pytest.mark.parametrize(("name", "floor"), [("medusa", 0.007), ("hidden_transfer", 0.02)])
 def test_heads_that_come_with_the_package(
     model: mtd.LanguageModel, name: str, floor: float
 ) -> None:
-    """Found by the model's fingerprint; both trees and chains say what the model says.
-
-    The floor is half of what a step of the chain is seen to accept.
-    """
+    """Found by the model's fingerprint; of what a tree drafts, half of what is now accepted is."""
     directory = shipped_heads(name, model)
     assert directory is not None
     heads = mtd.load_heads(directory, model)
     assert heads.accuracies is not None
-    for tree in ("chain", "4x2x1"):
-        method = mtd.methods.make_method(name, {"tree": tree}, heads)
-        report = verify(model, method, PROMPTS, max_new_tokens=40, batch_size=3)
-        assert report.passed, report.to_dict()
-        done = mtd.generate(model, method, PROMPTS, max_new_tokens=40, batch_size=3)
-        accepted = sum(completion.metrics.accepted for completion in done)
-        assert accepted > floor * sum(completion.metrics.spec_steps for completion in done)
+    method = mtd.methods.make_method(name, {"tree": "2x2x1"}, heads)
+    report = verify(model, method, PROMPTS, max_new_tokens=40, batch_size=3).to_dict()
+    assert report["passed"], report
+    assert report["num_accepted_draft_tokens"] > floor * report["num_draft_tokens"], report
