@@ -166,14 +166,7 @@ def medusa(heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact") -
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
     """
     spec = spec_of(heads, _medusa.MedusaSpec)
-    return _medusa.make(
-        spec,
-        heads.weights,
-        heads.accuracies,
-        tree=tree,
-        acceptance=acceptance,
-        vocabulary=heads.vocabulary,
-    )
+    return _medusa.make(spec, heads, tree=tree, acceptance=acceptance)
 
 
 def hidden_transfer(
@@ -192,15 +185,7 @@ def hidden_transfer(
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
     """
     spec = spec_of(heads, HiddenTransferSpec)
-    return _hidden_transfer.make(
-        spec,
-        heads.weights,
-        heads.accuracies,
-        tree=tree,
-        pseudo=pseudo,
-        acceptance=acceptance,
-        vocabulary=heads.vocabulary,
-    )
+    return _hidden_transfer.make(spec, heads, tree=tree, pseudo=pseudo, acceptance=acceptance)
 
 
 def cp(heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact") -> _cp.CP:
@@ -214,7 +199,7 @@ def cp(heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact") -
         `typical`: what is likely enough (lossy).
     """
     spec = spec_of(heads, CPSpec)
-    return _cp.make(spec, heads.weights, heads.accuracies, tree=tree, acceptance=acceptance)
+    return _cp.make(spec, heads, tree=tree, acceptance=acceptance)
 
 
 def independent_heads(
@@ -228,14 +213,7 @@ def independent_heads(
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
     """
     spec = spec_of(heads, IndependentHeadsSpec)
-    return _independent.make(
-        spec,
-        heads.weights,
-        heads.accuracies,
-        tree=tree,
-        acceptance=acceptance,
-        vocabulary=heads.vocabulary,
-    )
+    return _independent.make(spec, heads, tree=tree, acceptance=acceptance)
 
 
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(

@@ -9,13 +9,14 @@ verifies them makes the next such row: none is for drafting alone.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.sampling import SamplingRows, candidates, log_probabilities
 from mtd_jax.decoding.speculative import verify_drafts, verify_draws
@@ -125,18 +126,18 @@ class CP(TreeDrafting):
 
 def make(
     spec: CPSpec,
-    weights: CPWeights,
-    accuracies: Any,
+    heads: Heads,
     *,
     tree: str = "auto",
     acceptance: Acceptance = "exact",
 ) -> CP:
-    """The method with these weights; `methods.cp` says what the options mean.
+    """The method with these heads; `methods.cp` says what the options mean.
 
     Raises:
       InputError: as for `choose_trees`, or a tree that cannot be tested as asked for.
     """
     drawn = acceptance == "rejection"
+    accuracies = heads.accuracies
     if drawn and accuracies is not None:
         accuracies = accuracies[:, :1]
     trees = choose_trees(tree, spec.depth, accuracies)
@@ -145,7 +146,7 @@ def make(
     steps = 1 + max(t.max_depth for t in trees.trees)
     return CP(
         **trees.fields("typical" if acceptance == "typical" else "exact"),
-        weights=weights.first(steps),
+        weights=heads.weights.first(steps),
         drawn=drawn,
         marginal=spec.trunk == "trained",
     )

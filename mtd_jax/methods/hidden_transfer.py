@@ -31,6 +31,7 @@ from flax import struct
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.draft_vocabulary import DraftVocabulary, bytes_read, likeliest
+from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import Extend
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.traffic import weight_bytes
@@ -188,20 +189,18 @@ class HiddenTransfer(RowDrafting):
 
 def make(
     spec: HiddenTransferSpec,
-    weights: TransferWeights,
-    accuracies: Any,
+    heads: Heads,
     *,
     tree: str = "auto",
     pseudo: Schedule = "accepted",
     acceptance: Acceptance = "exact",
-    vocabulary: DraftVocabulary | None = None,
 ) -> HiddenTransfer:
-    """The method with these weights; `methods.hidden_transfer` says what the options mean."""
-    trees = choose_trees(tree, spec.depth, accuracies)
+    """The method with these heads; `methods.hidden_transfer` says what the options mean."""
+    trees = choose_trees(tree, spec.depth, heads.accuracies)
     return HiddenTransfer(
         **trees.fields(acceptance),
-        weights=weights.first(trees.depth),
-        vocabulary=vocabulary,
+        weights=heads.weights.first(trees.depth),
+        vocabulary=heads.vocabulary,
         spec=spec,
         pseudo=pseudo,
     )

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.draft_vocabulary import DraftVocabulary, bytes_read, likeliest
+from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import Extend
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import TokenTree
@@ -150,19 +151,17 @@ class IndependentHeads(RowDrafting):
 
 def make(
     spec: IndependentHeadsSpec,
-    weights: Block,
-    accuracies: Any,
+    heads: Heads,
     *,
     tree: str = "auto",
     acceptance: Acceptance = "exact",
-    vocabulary: DraftVocabulary | None = None,
 ) -> IndependentHeads:
-    """The method with these weights; `methods.independent_heads` says what the options mean."""
-    trees = choose_trees(tree, spec.depth, accuracies)
+    """The method with these heads; `methods.independent_heads` says what the options mean."""
+    trees = choose_trees(tree, spec.depth, heads.accuracies)
     return IndependentHeads(
         **trees.fields(acceptance),
-        heads=block.unstack(weights)[: trees.depth],
-        vocabulary=vocabulary,
+        heads=block.unstack(heads.weights)[: trees.depth],
+        vocabulary=heads.vocabulary,
     )
 
 

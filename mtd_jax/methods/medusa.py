@@ -22,6 +22,7 @@ from jax.nn import initializers
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.draft_vocabulary import DraftVocabulary, bytes_read, likeliest
+from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.errors import InputError
 from mtd_jax.methods.drafting import RowDrafting, choose_trees
@@ -164,17 +165,15 @@ class Medusa(RowDrafting):
 
 def make(
     spec: MedusaSpec,
-    weights: MedusaWeights,
-    accuracies: Any,
+    heads: Heads,
     *,
     tree: str = "auto",
     acceptance: Acceptance = "exact",
-    vocabulary: DraftVocabulary | None = None,
 ) -> Medusa:
-    """The method with these weights; `methods.medusa` says what the options mean."""
-    trees = choose_trees(tree, spec.depth, accuracies)
+    """The method with these heads; `methods.medusa` says what the options mean."""
+    trees = choose_trees(tree, spec.depth, heads.accuracies)
     return Medusa(
         **trees.fields(acceptance),
-        weights=weights.first(trees.depth),
-        vocabulary=vocabulary,
+        weights=heads.weights.first(trees.depth),
+        vocabulary=heads.vocabulary,
     )
