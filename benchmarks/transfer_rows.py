@@ -1,7 +1,7 @@
-r"""How alike pseudo rows and real rows are, layer by layer, on held-out texts.
+r"""How alike pseudo rows and real rows are, layer by layer, on held-out answers.
 
     python benchmarks/transfer_rows.py configs/hidden_transfer/smollm2-135m.toml \
-        --heads runs/hidden-transfer/heads --set data.train='["answers.jsonl"]' \
+        --heads mtd_jax/heads/smollm2-135m-hidden-transfer --set data.train='["answers.jsonl"]' \
         --out benchmarks/results/cpu-transfer-rows.json --plot docs/transfer-rows-cpu.png
 
 The figure of Hidden Transfer's paper (arXiv 2404.12022): pseudo row i of position n beside what the
@@ -47,6 +47,7 @@ def similarities(
     A map that has not been applied yet has 0.
     """
     count, first = len(way.layers), way.marks[0]
+    batch = batch.replace(learn=batch.answer)  # a chat's template is never decoded
     counted = jnp.stack([batch.targets(i + 2)[1] for i in range(count)], axis=-1)
     stages = itertools.pairwise(range(first, base.config.num_layers + 1))
     found = []
