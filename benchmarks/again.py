@@ -1,7 +1,7 @@
 """Measures again, by the commands that results say they were made with, and makes the tables anew.
 
-    python benchmarks/again.py --list
-    python benchmarks/again.py cpu-ar cpu-speculative
+    python -m benchmarks.again --list
+    python -m benchmarks.again cpu-ar cpu-speculative
 
 Nothing else should run on the machine meanwhile. A result is replaced when its command has ended
 well; what one command needs beside the repository (a model, prompts) lies where the result says.
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import tables  # type: ignore[import-not-found]
+from benchmarks import report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,10 +37,10 @@ def main() -> None:
         return
     for name in args.names:
         if "--out" not in shlex.split(str(known.get(name, {}).get("command", ""))):
-            sys.exit(f"again.py: no result '{name}' whose command says --out (see --list)")
+            sys.exit(f"again: no result '{name}' whose command says --out (see --list)")
     for name in args.names:
         measure_again(name, str(known[name]["command"]))
-    tables.main()
+    report.main()
 
 
 def measure_again(name: str, command: str) -> None:
@@ -55,7 +55,7 @@ def measure_again(name: str, command: str) -> None:
             picture, words[at] = Path(words[at]).name, str(Path(scratch) / "picture.png")
         done = subprocess.run([*PROGRAMS[program], *words], cwd=ROOT, check=False)
         if done.returncode:
-            sys.exit(f"again.py: {name} ended with exit code {done.returncode}; it stays as it was")
+            sys.exit(f"again: {name} ended with exit code {done.returncode}; it stays as it was")
         told = json.loads(result.read_text(encoding="utf-8")) | {"command": command}
         (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         if picture is not None:

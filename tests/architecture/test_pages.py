@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import report
 
 
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda p: p.name)
 def test_tables_are_those_of_the_results(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "<!-- table" in text
-    assert tables.rendered(text) == text, "run python benchmarks/tables.py"
+    assert report.rendered(text) == text, "run python -m benchmarks.report"

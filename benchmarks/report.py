@@ -1,0 +1,65 @@
+"""Writes the tables of README.md and docs/ from benchmarks/results/.
+
+    python -m benchmarks.report
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; a test fails if a page and the
+results disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.tables import heads, pods, speed, training
+from benchmarks.tables.results import ROOT
+
+PAGES = (
+    ROOT / "README.md",
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("dmtd", "hidden_transfer", "medusa", "performance", "pods", "training")
+    ),
+)
+_MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+TABLES: dict[str, Callable[[], str]] = {
+    "heads-accuracy": heads.heads_accuracy,
+    "cpu-transfer-layers": heads.transfer_layers,
+    "cpu-transfer-rows": heads.transfer_rows,
+    "corpus": training.corpus,
+    "cpu-dmtd-tasks": training.cycles_tasks,
+    "cpu-layouts": speed.layouts,
+    "cpu-peers": speed.peers,
+    "cpu-ar": speed.autoregressive,
+    "cpu-first-token": speed.first_token,
+    "cpu-speculative": partial(speed.drafting, "cpu-speculative"),
+    "cpu-self-speculative": partial(speed.drafting, "cpu-self-speculative"),
+    "cpu-speculative-categories": partial(speed.categories, "cpu-speculative"),
+    "cpu-code-editing": partial(speed.drafting, "cpu-code-editing"),
+    "cpu-lossless": speed.lossless,
+    "cpu-sft": training.fine_tuning,
+    "cpu-dmtd-speed": training.cycles_speed,
+    "cpu-dmtd-quality": training.cycles_quality,
+    "cpu-dmtd-places": training.cycles_places,
+    "cpu-dmtd-samples": training.samples,
+    "cpu-verify-cost": speed.verify_cost,
+    "pods": pods.pods,
+    "pods-decoding": pods.pods_decoding,
+}
+
+
+def rendered(page: str) -> str:
+    """The page with every marked table made anew."""
+    return _MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", page)
+
+
+def main() -> None:
+    """Rewrites the pages."""
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

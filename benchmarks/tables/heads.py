@@ -1,0 +1,47 @@
+"""How good trained heads are."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks.tables.results import ROOT, result_of, table
+
+
+def heads_accuracy() -> str:
+    """How often guesses of the shipped heads are the base's own token, on held-out answers."""
+    head = ["heads", "place", "best guess", "among the best 2", "3", "4", "5"]
+    rows = []
+    for path in sorted((ROOT / "mtd_jax" / "heads").glob("*/method.json")):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        record = told["record"]
+        for i, ranks in enumerate(record["accuracies"], start=1):
+            among = [f"{sum(ranks[: n + 1]):.1%}" for n in range(5)]
+            rows.append([told["method"], f"n + {i + 1}", *among])
+    return table(head, rows)
+
+
+def transfer_layers() -> str:
+    """Hidden Transfer's guesses by the layer of its maps."""
+    result = result_of("cpu-transfer-layers")
+    steps = range(len(result["rows"][0]["top1"]))
+    head = ["layer", *(f"step {i + 1}" for i in steps), "tokens a pass"]
+    rows = (
+        [
+            str(row["layer"]),
+            *(f"{row['top1'][i]:.1%}" for i in steps),
+            f"{row['tokens_a_pass']:.2f}",
+        ]
+        for row in result["rows"]
+    )
+    return table(head, rows)
+
+
+def transfer_rows() -> str:
+    """How alike Hidden Transfer's pseudo rows and real rows are, by layer."""
+    rows = result_of("cpu-transfer-rows")["by_layer"]
+    head = ["layers passed", *(f"step {i + 1}" for i in range(len(rows[0]["cosine"])))]
+    cells = (
+        [str(row["layer"]), *("-" if x is None else f"{x:.2f}" for x in row["cosine"])]
+        for row in rows
+    )
+    return table(head, cells)
