@@ -76,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args)
     out = Path(args.out)
     evaluations = args.evaluations or 6 * model.config.num_layers
+    log = _Log(out / _SEARCH_FILE, model, prompts, args.max_new_tokens)
+    log.save()  # an `out` that cannot be written is found now, not behind the search
     with Console(stderr=True).status("the model writes the texts to try sets on"):
-        log = _Log(out / _SEARCH_FILE, model, prompts, args.max_new_tokens)
         search = SkipSearch(model, prompts, new_tokens=args.max_new_tokens, known=log.known)
     best = _searched(search, evaluations, log, quiet=args.json)
     options = {

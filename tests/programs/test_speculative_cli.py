@@ -160,6 +160,17 @@ def test_verify_finds_what_parts_and_why(
     assert worst["logit_gap"] > worst["allowed_gap"]
 
 
+def test_tune_refuses_early_where_it_cannot_write(
+    model: Path, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    argv = ["tune", "self-speculative", "--model", str(model), "--prompts", prompts]
+    assert main([*argv, "--out", str(tmp_path / "file" / "tuned")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert main([*argv, "--out", str(tmp_path / "file")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
 def test_tune_finds_the_same_set_every_time_and_goes_on(
     model: Path, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
