@@ -27,6 +27,7 @@ _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES: dict[str, Callable[[], str]] = {
     "heads-accuracy": heads.heads_accuracy,
     "cpu-transfer-layers": heads.transfer_layers,
+    "cpu-transfer-chained": heads.transfer_chained,
     "cpu-transfer-rows": heads.transfer_rows,
     "corpus": training.corpus,
     "cpu-dmtd-tasks": training.cycles_tasks,

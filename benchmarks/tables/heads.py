@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from benchmarks.tables.results import ROOT, result_of, table
 
@@ -22,18 +23,32 @@ def heads_accuracy() -> str:
 
 def transfer_layers() -> str:
     """Hidden Transfer's guesses by the layer of its maps."""
-    result = result_of("cpu-transfer-layers")
+    head, rows = _by_layer(result_of("cpu-transfer-layers"))
+    return table(head, rows)
+
+
+def transfer_chained() -> str:
+    """The same, with and without sight of the earlier pseudo rows of a place."""
+    head, without = _by_layer(result_of("cpu-transfer-unchained"))
+    layers = [row[0] for row in without]
+    _, found = _by_layer(result_of("cpu-transfer-layers"))
+    rows = [[*row, "yes"] for row in found if row[0] in layers]
+    rows += [[*row, "no"] for row in without]
+    return table([*head, "sees earlier rows"], sorted(rows, key=lambda row: int(row[0])))
+
+
+def _by_layer(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     steps = range(len(result["rows"][0]["top1"]))
     head = ["layer", *(f"step {i + 1}" for i in steps), "tokens a pass"]
-    rows = (
+    rows = [
         [
             str(row["layer"]),
             *(f"{row['top1'][i]:.1%}" for i in steps),
             f"{row['tokens_a_pass']:.2f}",
         ]
         for row in result["rows"]
-    )
-    return table(head, rows)
+    ]
+    return head, rows
 
 
 def transfer_rows() -> str:
