@@ -32,7 +32,7 @@ family = "llama"
 vocab_size = 4096
 hidden_size = 512
 intermediate_size = 1024
-num_layers = 6
+num_layers = 3
 num_heads = 8
 num_kv_heads = 4
 head_dim = 128
@@ -85,7 +85,7 @@ def check(program: dict[str, Any], report: dict[str, Any]) -> None:
     ("topology", "mesh", "decoding"),
     [
         # Keys and values of all rows are 19 GB: more than one of the chips has.
-        ("v5e:2x4", {"fsdp": 4}, ("--decode-batch", "384", "--decode-length", "4096")),
+        ("v5e:2x4", {"fsdp": 4}, ("--decode-batch", "768", "--decode-length", "4096")),
         # Eight is no direction of this torus, nor several.
         (
             "v5p:4x4x4",
@@ -113,8 +113,8 @@ def test_training_and_decoding_compile(
         check(program, report)
     step = report["programs"][0]
     # Each device sums the gradient of its own rows, and keeps its part of the sum.
-    assert step["collectives"]["all-gather"]["count"] >= 6
-    assert step["collectives"]["reduce-scatter"]["count"] >= 6
+    assert step["collectives"]["all-gather"]["count"] >= 3
+    assert step["collectives"]["reduce-scatter"]["count"] >= 3
 
 
 @pytest.mark.slow
