@@ -19,7 +19,10 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("dmtd", "hidden_transfer", "medusa", "performance", "pods", "training")
+        for name in (
+            *("dmtd", "hidden_transfer", "medusa", "performance", "pods", "reproduction"),
+            "training",
+        )
     ),
 )
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,6 +41,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-speculative": partial(speed.drafting, "cpu-speculative"),
     "cpu-self-speculative": partial(speed.drafting, "cpu-self-speculative"),
     "cpu-speculative-categories": partial(speed.categories, "cpu-speculative"),
+    "cpu-heads": partial(speed.drafting, "cpu-heads"),
     "cpu-code-editing": partial(speed.drafting, "cpu-code-editing"),
     "cpu-lossless": speed.lossless,
     "cpu-sft": training.fine_tuning,
