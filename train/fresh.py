@@ -42,19 +42,28 @@ def byte_tokenizer(config: ModelConfig) -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END))
 
 
+def write_fresh(config: ModelConfig, out: Path, seed: int) -> int:
+    """Draws the weights and writes the model; returns how many parameters it has.
+
+    Raises:
+      InputError: the shape is not that of a model of bytes; `out` is there already.
+    """
+    tokenizer = byte_tokenizer(config)
+    params = parameters.initialize(declare(config), jax.random.key(seed))
+    source = f"random weights, seed {seed}"
+    save_native(LanguageModel(params, tokenizer, None, fingerprint(params), source), out)
+    return parameters.count(params)
+
+
 def main() -> None:
-    """Draws the weights and writes the model."""
+    """Says how many weights were drawn."""
     parser = make_parser(__doc__)
     parser.add_argument("--shape", required=True, type=Path, metavar="FILE.toml")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    config = read_shape(args.shape)
-    tokenizer = byte_tokenizer(config)
-    params = parameters.initialize(declare(config), jax.random.key(args.seed))
-    source = f"random weights, seed {args.seed}"
-    save_native(LanguageModel(params, tokenizer, None, fingerprint(params), source), args.out)
-    print(f"{args.out}: {parameters.count(params):,} parameters")
+    count = write_fresh(read_shape(args.shape), args.out, args.seed)
+    print(f"{args.out}: {count:,} parameters")
 
 
 if __name__ == "__main__":

@@ -234,6 +234,11 @@ def _show(result: BenchResult, costs: Sequence[dict[str, Any]]) -> None:
 def _warnings(row: Row) -> list[str]:
     """What must not be overlooked, in words."""
     lines = []
+    if row.lossless and row.method.partition(":")[0] != BASELINE and not row.metrics.drafted:
+        lines.append(
+            f"{row.method} at batch {row.batch_size} drafted nothing, so it was plain decoding: no "
+            "guess was worth what steps of several rows cost here"
+        )
     if row.verdict == "slower":
         lines.append(
             f"{row.method} at batch {row.batch_size} is SLOWER than plain decoding "

@@ -148,6 +148,23 @@ def plot_similarity(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_ranks(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Joint loss and acceptance by rank, a point a seed; `rows` of `benchmarks/cp_ranks.py`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    shown = ("joint", "held-out joint loss, nats"), ("mean_acceptance_length", "tokens a step")
+    for axes, (name, label) in zip(figure.subplots(1, 2), shown, strict=True):
+        for seed in sorted({row["seed"] for row in rows}):
+            known = sorted((row["rank"], row[name]) for row in rows if row["seed"] == seed)
+            axes.plot(*zip(*known, strict=True), "o-", label=f"seed {seed}", markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="rank", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
 def _axes() -> tuple[Any, Any]:
     """A figure with one diagram; None where matplotlib is not installed."""
     try:

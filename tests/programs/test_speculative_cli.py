@@ -120,6 +120,14 @@ def test_bench_says_plainly_what_is_slower(
     assert "SLOWER than plain decoding" in capsys.readouterr().out
 
 
+def test_bench_says_plainly_what_drafts_nothing(
+    model: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["bench", "--model", str(model), "--prompts", prompts, "--methods", "ngram:drafts=0"]
+    assert main([*argv, "--repeats", "1", *NEW_TOKENS]) == 0
+    assert "drafted nothing, so it was plain decoding" in capsys.readouterr().out
+
+
 def test_verify_passes_and_fails(
     model: Path, prompts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

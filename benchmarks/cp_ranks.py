@@ -1,0 +1,124 @@
+r"""CP heads from random weights by rank: what a mixture gains over independent heads (rank 1).
+
+    python -m train.corpus --out corpus --downloads downloads
+    grep '"python_stdlib"' corpus/train.jsonl > texts.jsonl
+    python -m benchmarks.cp_ranks configs/cp/scratch-byte.toml --shape configs/models/byte-1m.toml \
+        --set data.train='["texts.jsonl"]' --work runs/cp-ranks \
+        --out benchmarks/results/cpu-cp-ranks.json --plot docs/cp-ranks-cpu.png
+
+For each seed all ranks begin with the same trunk and see the same rows in the same order. Speeds
+are those of drafting with the heads over decoding the same weights without drafts, in turns.
+Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import mtd_jax as mtd
+from mtd_jax import Prompt, methods
+from mtd_jax.cli.page import make_parser, run
+from mtd_jax.cli.session import use_compilation_cache
+from mtd_jax.cli.train import fit_and_write, prepare_run, result_of
+from mtd_jax.config import read_shape
+from mtd_jax.convert.atomic import write_file
+from mtd_jax.convert.method_files import FILE
+from mtd_jax.evaluation import environment, plot
+from mtd_jax.evaluation.bench import bench
+from mtd_jax.training.config import read_config
+from mtd_jax.training.log import read_log
+from mtd_jax.training.rows import Rows
+from train.fresh import write_fresh
+
+PROMPTS = 8
+PROMPT_BYTES = 64
+
+
+def main() -> None:
+    """Trains, measures, writes and draws."""
+    parser = make_parser(__doc__)
+    parser.add_argument("config", help="of `mtd train`, for cp")
+    parser.add_argument("--shape", type=Path, required=True)
+    parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4, 8])
+    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--work", type=Path, required=True, help="directory of the runs")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    use_compilation_cache()
+    rows: list[dict[str, Any]] = []
+    for seed, rank in itertools.product(args.seeds, args.ranks):
+        rows.append(_row(args, seed, rank))
+        print(json.dumps(rows[-1]), flush=True)
+        result = {
+            "hardware": environment.hardware(),
+            "versions": environment.versions(),
+            **environment.provenance(),
+            "rows": rows,
+        }
+        write_file(args.out, json.dumps(result, indent=1) + "\n")
+    if args.plot is not None:
+        plot.plot_ranks(rows, args.plot)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _row(args: argparse.Namespace, seed: int, rank: int) -> dict[str, Any]:
+    base = args.work / f"base-{seed}"
+    if not base.exists():
+        write_fresh(read_shape(args.shape), base, seed)
+    own = [f'model="{base}"', f'out="{args.work}/rank-{rank}-seed-{seed}"']
+    own += [f"options.rank={rank}", f"seed={seed}"]
+    prepared = prepare_run(read_config(args.config, [*args.set, *own]))
+    if not (result_of(prepared) / FILE).is_file():
+        fit_and_write(prepared)
+    log = read_log(prepared.directory)
+    last = [line for line in log if "held_out_loss" in line][-1]
+    names = ["joint", *(f"conditional_{s + 1}" for s in range(prepared.config.options["tokens"]))]
+    assert prepared.held_out is not None
+    return {
+        "rank": rank,
+        "seed": seed,
+        "steps": int(last["step"]),
+        "tokens": int(sum(line.get("tokens", 0) for line in log)),
+        **{name: round(last[f"held_out_{name}"], 5) for name in (*names, "usage_entropy")},
+        **_decoded(prepared.directory, prepared.held_out, args.new_tokens),
+    }
+
+
+def _decoded(directory: Path, texts: Rows, new_tokens: int) -> dict[str, Any]:
+    """Acceptance and speed behind the beginnings of held-out texts, greedy."""
+    model = mtd.load(directory / "model")
+    heads = mtd.load_heads(directory / "heads", model)
+    prompts = [
+        Prompt(str(i), token_ids=tuple(texts[i].tokens[:PROMPT_BYTES].tolist()))
+        for i in range(min(PROMPTS, len(texts)))
+    ]
+    drafting: Any = methods.cp(heads, tree="chain")
+    found = bench(
+        model,
+        {"ar": lambda _: methods.cp(heads, tree="none"), "cp": lambda _: drafting},
+        prompts,
+        max_new_tokens=new_tokens,
+        ignore_eos=True,
+    )
+    row = found.rows[1]
+    measured = row.metrics.to_dict()
+    return {
+        "identical": row.identical_to_ar,
+        "mean_acceptance_length": measured["mean_acceptance_length"],
+        "tokens_per_forward": measured["tokens_per_forward"],
+        "speedup": round(row.speedup_vs_ar or 0.0, 4),
+    }
+
+
+if __name__ == "__main__":
+    run(main, "cp_ranks.py")
