@@ -47,6 +47,16 @@ def relative_step_cost(rows: int) -> float:
     return 1.0 + 0.003 * (rows - 1)
 
 
+def step_sizes() -> tuple[int, ...]:
+    """Rows of a step, the newest token's among them, that `auto` chooses from by their costs.
+
+    A program is compiled that holds a branch for each. From 32 rows on a CPU is bound by
+    arithmetic, and no draft is worth that; an accelerator reads its weights for 64 as for one.
+    """
+    few = (1, 4, 8, 16)
+    return few if jax.default_backend() == "cpu" else (*few, 32, 64)
+
+
 def reads_prompts_alone() -> bool:
     """Whether the prompts of a batch are read one after another, in small chunks.
 

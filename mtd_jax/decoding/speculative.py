@@ -84,21 +84,27 @@ def verify_drafts(
 def verify_draws(
     params: Parameters,
     state: DecodeState,
-    drafts: Int[Array, "B T"],
+    drafts: Int[Array, "B drafts"],
     count: Int[Array, " B"],
-    log_q: Float[Array, "B T V"],
+    log_q: Float[Array, "B inner V"],
     *,
+    tree: TokenTree | None = None,
     extend: Extend = extend,
     output: Output = unembed,
 ) -> tuple[DecodeState, Pass]:
-    """Verifies a chain that was drawn from `log_q` (`verify.rejection`); greedy rows too.
+    """Verifies drafts that were drawn at random; greedy rows too.
 
-    `extend` is how rows pass the layers: `model.extend`, or what a method has in its place; so is
-    `output` for `model.unembed`.
+    Args:
+      drafts: tokens of nodes 1, 2, ... of the tree, a chain where there is none.
+      count: drafts deeper than this are none.
+      log_q: at every node that has children, the distribution that they were drawn from: a chain's
+        draft (`verify.rejection`), or siblings without replacement (`verify.siblings`).
+      extend: how rows pass the layers: `model.extend`, or what a method has in its place.
+      output: the same for `model.unembed`.
     """
-    tree = TokenTree.chain(drafts.shape[1])
+    tree = tree or TokenTree.chain(drafts.shape[1])
     count = jnp.minimum(count, state.useful_drafts)
-    real = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None, :] < count[:, None]
+    real = jnp.asarray(tree.depth)[None, 1:] <= count[:, None]
     on_tree = jnp.pad(jnp.where(real, drafts, -1), ((0, 0), (1, 0)))
     x, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend, output)
     batch, nodes, vocab = logits.shape
@@ -112,11 +118,15 @@ def verify_draws(
     def sampled() -> verify.Verdict:
         log_p = log_probabilities(flat, rows).reshape(logits.shape)
         keys = position_keys(state.requests.sampling, positions)
-        return verify.rejection(drafts, count, log_q, log_p, keys)
+        if tree.is_chain:
+            return verify.rejection(drafts, count, log_q, log_p, keys)
+        return verify.siblings(tree, on_tree, log_q, log_p, keys)
 
     any_sampled = jnp.any(state.requests.sampling.temperature > 0)
     verdict = jax.lax.cond(any_sampled, sampled, greedy)
-    return _settled(state, cache, verdict, count, None), Pass(x, logits, verdict)
+    drafted = jnp.sum(on_tree[:, 1:] >= 0, axis=1, dtype=jnp.int32)
+    path = None if tree.is_chain else verdict.path
+    return _settled(state, cache, verdict, drafted, path), Pass(x, logits, verdict)
 
 
 ONE_OF = "one_of"

@@ -128,7 +128,7 @@ def rejection(
 def siblings(
     tree: TokenTree,
     drafts: Int[Array, "B M"],
-    log_q: Float[Array, "B M V"],
+    log_q: Float[Array, "B inner V"],
     log_p: Float[Array, "B M V"],
     keys: UInt32[Array, "B M 2"],
 ) -> Verdict:
@@ -140,7 +140,8 @@ def siblings(
 
     Args:
       drafts: -1 is none.
-      log_q: at each node, the distribution that its children were drawn from.
+      log_q: at each node that has children, the distribution that these were drawn from; nodes
+        are numbered by depth, so the deepest ones may be left out.
       keys: a key for each node, shared with nobody but `sample`.
     """
     batch = drafts.shape[0]

@@ -8,6 +8,7 @@ and the bandwidth is measured between them.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,9 @@ from mtd_jax.evaluation.roofline import memory_bandwidth
 BASELINE = "ar"
 _SLOWER = 0.98
 """Below this a method is called slower; in between, the machine's noise decides."""
+
+_DECODING = operator.attrgetter("decode_tokens_per_second")
+_ALL = operator.attrgetter("tokens_per_second")
 
 Runs = Mapping[str, list[list[Completion]]]
 """By method: its completions of all prompts, for every repeat."""
@@ -45,6 +49,10 @@ class Row:
     speedup_vs_ar: float | None
     """Median over repeats of the ratio of decode seconds to ar's in the same repeat, token for
     token; None without ar in the run or where answers have one token."""
+    speedup_range: tuple[float, float] | None
+    """The least and the greatest of these ratios."""
+    total_speedup_vs_ar: float | None
+    """The same of all engine time, prompts included."""
     roofline_share: float
     """Bytes that decoding must read, per second, over the bandwidth."""
     identical_to_ar: bool | None
@@ -55,9 +63,9 @@ class Row:
     verdict: str
     """`faster`, `as fast`, `slower` than ar; empty without ar, or where nothing was decoded."""
     by_category: dict[str, dict[str, Any]]
-    """speedup_vs_ar and acceptance of the prompts of each category, where prompts have one."""
-    requests: list[dict[str, Any]]
-    """Of the first repeat, each prompt alone."""
+    """Speed-ups and acceptance of the prompts of each category, where prompts have one."""
+    requests: list[tuple[str, Metrics]]
+    """Of the first repeat, each prompt alone, by its id."""
     compile_seconds: float
     """Of the warm-up; in none of the speeds."""
     metrics: Metrics
@@ -91,12 +99,13 @@ def bench(
       methods: label -> the method for a batch size; `ar` is what the others are compared with.
       progress: is called before each piece of work with what it is, `passes(...)` times.
     """
-    # The short ones first: caches of one size follow each other, so that a CPU, which can hold few
-    # programs (`backend.release_programs`), takes them from disk once and not for every prompt.
-    known = sorted((as_prompt(p, i) for i, p in enumerate(prompts)), key=_length_by(model))
+    asked = [as_prompt(p, i) for i, p in enumerate(prompts)]
+    length = _length_by(model)
     bandwidth = memory_bandwidth()
     rows = []
     for batch_size in batch_sizes:
+        batches = _batches(asked, batch_size, length)
+        known = [prompt for batch in batches for prompt in batch]
         made = {label: make(batch_size) for label, make in methods.items()}
 
         def decode(
@@ -122,9 +131,10 @@ def bench(
         for repeat in range(repeats):
             for label in made:
                 runs[label].append([])
-            for first in range(0, len(known), batch_size):
-                part = known[first : first + batch_size]
-                for label in made:
+            # What a method leaves behind in the caches is not always met by the same one.
+            order = list(made) if repeat % 2 == 0 else list(reversed(made))
+            for part in batches:
+                for label in order:
                     runs[label][-1] += decode(label, part, f"run {repeat + 1}/{repeats}")
             bandwidth = max(bandwidth, memory_bandwidth())
         drawn = sampling.temperature > 0
@@ -147,6 +157,28 @@ def _length_by(model: LanguageModel) -> Callable[[Prompt], int]:
     return length
 
 
+def _batches(
+    prompts: Sequence[Prompt], size: int, length: Callable[[Prompt], int]
+) -> list[list[Prompt]]:
+    """Batches of one category as far as they fill, the short ones first; a part of one comes last.
+
+    Caches of one size follow each other, so that a CPU, which can hold few programs
+    (`backend.release_programs`), takes them from disk once and not for every prompt.
+    """
+    by_length = sorted(prompts, key=length)
+    whole: list[list[Prompt]] = []
+    rest: list[Prompt] = []
+    for category in dict.fromkeys(prompt.category for prompt in by_length):
+        alike = [prompt for prompt in by_length if prompt.category == category]
+        full = len(alike) - len(alike) % size
+        whole += [alike[i : i + size] for i in range(0, full, size)]
+        rest += alike[full:]
+    rest.sort(key=length)
+    mixed = [rest[i : i + size] for i in range(0, len(rest), size)]
+    last = [mixed.pop()] if mixed and len(mixed[-1]) < size else []
+    return sorted(whole + mixed, key=lambda batch: max(map(length, batch))) + last
+
+
 def passes(methods: int, prompts: int, batch_sizes: Sequence[int], repeats: int) -> int:
     """How often `bench` calls its `progress`."""
     return sum(methods * (1 + repeats * -(-prompts // size)) for size in batch_sizes)
@@ -158,10 +190,12 @@ def to_json(result: BenchResult) -> dict[str, Any]:
     for row in result.rows:
         values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
         metrics = values.pop("metrics").to_dict()
+        requests = [
+            {"id": name} | one.to_dict(result.bandwidth) for name, one in values.pop("requests")
+        ]
         for name in ("tokens_per_second", "decode_tokens_per_second", "compile_seconds"):
             del metrics[name]  # the row has medians of them
-        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
-        rows.append(rounded | metrics)
+        rows.append(jax.tree.map(_rounded, values) | {"requests": requests} | metrics)
     return {"bandwidth_gb_s": round(result.bandwidth / 1e9, 2), "rows": rows}
 
 
@@ -177,10 +211,11 @@ def _row(
     totals = [total([c.metrics for c in run], batch_size) for run in runs[label]]
     speeds = [m.tokens_per_second for m in totals]
     speed = statistics.median(speeds)
-    speedup = identical = None
+    identical = None
     verdict = ""
+    ratios = _ratios(runs, label, batch_size, _DECODING)
+    speedup = _median(ratios)
     if BASELINE in runs:
-        speedup = _speedup(runs, label, batch_size)
         identical = _tokens(runs[label][0]) == _tokens(runs[BASELINE][0])
         identical = None if drawn and not identical else identical
         if speedup is not None:
@@ -193,19 +228,17 @@ def _row(
         decode_tokens_per_second=statistics.median(m.decode_tokens_per_second for m in totals),
         spread=(max(speeds) - min(speeds)) / speed,
         speedup_vs_ar=speedup,
+        speedup_range=_range(ratios),
+        total_speedup_vs_ar=_median(_ratios(runs, label, batch_size, _ALL)),
         roofline_share=statistics.median(_ratio(m.bytes_read, m.decode_seconds) for m in totals),
         identical_to_ar=identical,
         lossless=method.lossless,
         verdict=verdict,
         by_category=_by_category(runs, label, batch_size, prompts),
-        requests=[_request(c) for c in runs[label][0]],
+        requests=[(c.id, c.metrics) for c in runs[label][0]],
         compile_seconds=compile_seconds,
         metrics=totals[0],
     )
-
-
-def _request(completion: Completion) -> dict[str, Any]:
-    return {"id": completion.id} | completion.metrics.to_dict()
 
 
 def _by_category(
@@ -225,29 +258,42 @@ def _by_category(
     for category, chosen in sorted(found.items()):
         part = {m: [[run[i] for i in chosen] for run in rs] for m, rs in runs.items()}
         metrics = total([c.metrics for c in part[label][0]], batch_size)
-        length = metrics.mean_acceptance_length
-        speedup = _speedup(part, label, batch_size) if BASELINE in runs else None
+        ratios = _ratios(part, label, batch_size, _DECODING)
         report[category] = {
             "prompts": len(chosen),
-            "speedup_vs_ar": None if speedup is None else round(speedup, 4),
-            "mean_acceptance_length": None if length is None else round(length, 4),
-            "tokens_per_forward": round(_ratio(metrics.tokens, metrics.forwards), 4),
+            "speedup_vs_ar": _median(ratios),
+            "speedup_range": _range(ratios),
+            "mean_acceptance_length": metrics.mean_acceptance_length,
+            "tokens_per_forward": _ratio(metrics.tokens, metrics.forwards),
         }
     return report
 
 
-def _speedup(runs: Runs, label: str, batch_size: int) -> float | None:
-    """Median over the repeats of decode speed over that of ar in the same repeat.
+def _ratios(
+    runs: Runs, label: str, batch_size: int, rate: Callable[[Metrics], float]
+) -> list[float]:
+    """A rate over that of ar in the same repeat, of every repeat; empty without ar.
 
-    None where nothing was decoded: answers of one token come with the prompt.
+    Repeats in which nothing was decoded are left out: answers of one token come with the prompt.
     """
     ratios = []
-    for mine, base in zip(runs[label], runs[BASELINE], strict=True):
-        ours, theirs = (total([c.metrics for c in run], batch_size) for run in (mine, base))
-        speeds = ours.decode_tokens_per_second, theirs.decode_tokens_per_second
-        if min(speeds) > 0:
-            ratios.append(speeds[0] / speeds[1])
-    return statistics.median(ratios) if ratios else None
+    for mine, base in zip(runs[label], runs.get(BASELINE, []), strict=False):
+        ours, theirs = (rate(total([c.metrics for c in run], batch_size)) for run in (mine, base))
+        if min(ours, theirs) > 0:
+            ratios.append(ours / theirs)
+    return ratios
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _range(values: Sequence[float]) -> tuple[float, float] | None:
+    return (min(values), max(values)) if values else None
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _ratio(amount: float, parts: float) -> float:

@@ -36,7 +36,6 @@ Spec = TypeVar("Spec", bound=HeadsSpec)
 Drafts = int | Literal["auto"]
 """Tokens drafted a step; `auto` weighs measured costs against measured acceptance, 0 included."""
 
-_AUTO_SIZES = (1, 4, 8, 16)
 _LONGEST_MATCH = 64
 
 
@@ -117,7 +116,7 @@ def self_speculative(
     else:
         if not 1 <= drafts < MAX_NODES:
             raise InputError(f"drafts must be between 1 and {MAX_NODES - 1}, got {drafts}")
-        sizes = (*(size for size in _AUTO_SIZES[1:] if size <= drafts), drafts + 1)
+        sizes = (*(size for size in backend.step_sizes()[1:] if size <= drafts), drafts + 1)
         costs = [1.0] * len(sizes)
     return SelfSpeculative(
         costs=jnp.asarray(costs, jnp.float32),
@@ -194,9 +193,9 @@ def cp(heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact") -
     Args:
       heads: from `load_heads`.
       tree: as for `medusa`; every node's children follow from the tokens on the way to it.
-      acceptance: `exact`: drafts are kept where the model draws the same; `rejection`: a chain is
-        drawn from the mixture, each draft kept with probability min(1, p / q), lossless too;
-        `typical`: what is likely enough (lossy).
+      acceptance: `exact`: drafts are kept where the model draws the same; `rejection`: drafts
+        are drawn from the mixture, siblings without replacement, each kept with probability
+        min(1, p / q), lossless too; `typical`: what is likely enough (lossy).
     """
     spec = spec_of(heads, CPSpec)
     return _cp.make(spec, heads, tree=tree, acceptance=acceptance)
@@ -335,7 +334,7 @@ def _copying(
         tree = TokenTree.branching(*(typed_value("branches", int, w) for w in branches.split("x")))
         sizes: tuple[int, ...] = (1, tree.size)
     elif drafts == "auto":
-        sizes = _AUTO_SIZES
+        sizes = backend.step_sizes()
         tree = TokenTree.chain(sizes[-1] - 1)
     else:
         if not 0 <= drafts < MAX_NODES:

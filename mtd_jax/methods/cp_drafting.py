@@ -21,7 +21,6 @@ from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.sampling import SamplingRows, candidates, log_probabilities
 from mtd_jax.decoding.speculative import verify_drafts, verify_draws
 from mtd_jax.decoding.tree import TokenTree
-from mtd_jax.errors import InputError
 from mtd_jax.methods import cp_mixture
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cp_weights import CPWeights
@@ -39,7 +38,8 @@ class CP(TreeDrafting):
 
     weights: CPWeights
     drawn: bool = struct.field(pytree_node=False, default=False)
-    """Drafts are tested by min(1, p / q), with the conditional that they were drawn from."""
+    """Drafts are tested by min(1, p / q), with the conditional that they were drawn from; siblings
+    were drawn from it without replacement."""
     marginal: bool = struct.field(pytree_node=False, default=False)
     """What is decoded is the mixture's own first token: the trunk was trained with the heads."""
 
@@ -75,7 +75,9 @@ class CP(TreeDrafting):
         drafts, log_q = self.drafts(params, known.row, state, tree)
         if self.drawn:
             many = jnp.full_like(state.pending, tree.max_depth)
-            state, seen = verify_draws(params, state, drafts, many, log_q, output=self.output)
+            state, seen = verify_draws(
+                params, state, drafts, many, log_q, tree=tree, output=self.output
+            )
         else:
             rule = self.acceptance
             state, seen = verify_drafts(
@@ -85,15 +87,15 @@ class CP(TreeDrafting):
 
     def drafts(
         self, params: Parameters, row: Float[Array, "B D"], state: DecodeState, tree: TokenTree
-    ) -> tuple[Int[Array, "B drafts"], Float[Array, "B depth V"]]:
+    ) -> tuple[Int[Array, "B drafts"], Float[Array, "B inner V"]]:
         """Tokens of nodes 1, 2, ...: each by the conditional of its path behind the pending token.
 
         Children of a node are the likeliest tokens by its conditional, of rows that draw: the
         likeliest to be drawn (`sampling.candidates`).
 
         Returns:
-          the tokens, and for a chain that is to be tested by it, the log-distribution that each was
-          drawn from (zeros, if no row draws; no entries otherwise).
+          the tokens, and where they are to be tested by it, for every node that has children the
+          log-distribution that these were drawn from (zeros, if no row draws); else no entries.
         """
         sampling = state.requests.sampling
         e = normed(params, row)
@@ -119,8 +121,9 @@ class CP(TreeDrafting):
             seen = jnp.take_along_axis(table, tokens[:, None], axis=-1).swapaxes(1, 2)
             log_pi = cp_mixture.told(log_pi[:, parent], seen)[1]
             if self.drawn:
-                drawn_from.append(_distribution(flat, rows))
-        log_q = jnp.stack(drawn_from, axis=1) if drawn_from else jnp.zeros((batch, 0, vocab))
+                drawn_from.append(_distribution(flat, rows).reshape(batch, len(here), vocab))
+        none = jnp.zeros((batch, 0, vocab))
+        log_q = jnp.concatenate(drawn_from, axis=1) if drawn_from else none
         return on_tree[:, 1:], log_q
 
 
@@ -134,20 +137,14 @@ def make(
     """The method with these heads; `methods.cp` says what the options mean.
 
     Raises:
-      InputError: as for `choose_trees`, or a tree that cannot be tested as asked for.
+      InputError: as for `choose_trees`.
     """
-    drawn = acceptance == "rejection"
-    accuracies = heads.accuracies
-    if drawn and accuracies is not None:
-        accuracies = accuracies[:, :1]
-    trees = choose_trees(tree, spec.depth, accuracies)
-    if drawn and not all(t.is_chain for t in trees.trees):
-        raise InputError("acceptance=rejection tests chains: leave out tree, or say tree=chain")
+    trees = choose_trees(tree, spec.depth, heads.accuracies)
     steps = 1 + max(t.max_depth for t in trees.trees)
     return CP(
         **trees.fields("typical" if acceptance == "typical" else "exact"),
         weights=heads.weights.first(steps),
-        drawn=drawn,
+        drawn=acceptance == "rejection",
         marginal=spec.trunk == "trained",
     )
 

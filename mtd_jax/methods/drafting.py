@@ -28,7 +28,6 @@ from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, extend
 from mtd_jax.typing import Array, Float, Int, Leaf
 
-_AUTO_SIZES = (1, 4, 8, 16)
 # Medusa on Vicuna 7B (arXiv 2401.10774): what a chain may hope for before anybody has measured.
 _PUBLISHED = (0.56, 0.316, 0.201, 0.147, 0.118)
 
@@ -259,7 +258,7 @@ def choose_trees(text: str, depth: int, accuracies: np.ndarray | None) -> Trees:
             shares = accuracies[:depth]
             # A later guess that seems better than the one before it is noise (`build_tree`).
             shares = np.minimum.accumulate(shares, axis=1)
-            built = {build_tree(shares, size) for size in _AUTO_SIZES}
+            built = {build_tree(shares, size) for size in backend.step_sizes()}
             trees = tuple(sorted(built, key=lambda tree: tree.size))
             expected = [tree.expected_tokens(shares) - 1 for tree in trees]
         elif text == "measured":

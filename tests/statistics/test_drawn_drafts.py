@@ -18,7 +18,7 @@ from tests.support import heads, tiny
 ALPHA = 1e-4
 pytestmark = pytest.mark.optimized
 
-DRAWS = 20_480
+DRAWS = 51_200
 BATCH = 1024
 TOKENS = 4
 PROMPT = [3, 4, 5, 3, 4]
