@@ -7,6 +7,7 @@ validation happens when one is made, so no other module needs to doubt a value.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -35,20 +36,30 @@ _LIMITS = {
 _SWITCHES = ("tie_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm")
 
 
+def _shown(value: Any) -> str:
+    """A value from a file in a few letters, however long or deep it is."""
+    # Python writes no number of over 4300 digits; TOML can hold one (hexadecimal).
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"a number of {value.bit_length()} bits"
+    return reprlib.repr(value)
+
+
 def _require_int(name: str, value: Any, limit: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"{name} must be a whole number, got {value!r}")
+        raise InputError(f"{name} must be a whole number, got {_shown(value)}")
     if not 1 <= value <= limit:
-        raise InputError(f"{name} must be between 1 and {limit}, got {value}")
+        raise InputError(f"{name} must be between 1 and {limit}, got {_shown(value)}")
 
 
-def _require_number(name: str, value: Any, *, minimum: float, strict: bool) -> None:
+def _number(name: str, value: Any, *, minimum: float, strict: bool = False) -> float:
+    """The value as a float: a whole number would be one of 32 bits under jit."""
     # Far beyond any use, far from overflow in what is computed with it.
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     if not plain or not abs(value) <= 1e12:
-        raise InputError(f"{name} must be a finite number of at most 1e12, got {str(value)[:40]}")
+        raise InputError(f"{name} must be a finite number of at most 1e12, got {_shown(value)}")
     if value < minimum or (strict and value == minimum):
         raise InputError(f"{name} must be {'over' if strict else 'at least'} {minimum:g}")
+    return float(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +90,19 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
-            raise unknown_name("rope type", str(self.kind), ROPE_KINDS)
+            raise unknown_name("rope type", str(self.kind)[:60], ROPE_KINDS)
         positive = ["theta", "factor", "low_freq_factor", "high_freq_factor"]
         positive += ["beta_fast", "beta_slow"]
         for name in positive:
-            _require_number(f"rope {name}", getattr(self, name), minimum=0.0, strict=True)
+            # Lengths are divided by them, and YaRN takes the logarithm: not of infinity.
+            number = _number(f"rope {name}", getattr(self, name), minimum=1e-6)
+            object.__setattr__(self, name, number)
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
             if getattr(self, name) is not None:
-                _require_number(f"rope {name}", getattr(self, name), minimum=0.0, strict=False)
+                number = _number(f"rope {name}", getattr(self, name), minimum=0.0)
+                object.__setattr__(self, name, number)
+        if not isinstance(self.truncate, bool):
+            raise InputError(f"rope truncate must be true or false, got {_shown(self.truncate)}")
         if self.original_max_position is not None:
             _require_int("rope original_max_position", self.original_max_position, 2**26)
         elif self.kind in ("dynamic", "yarn", "llama3"):
@@ -124,11 +140,11 @@ class CycleConfig:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not whole or not least <= value <= most:
-                raise InputError(f"cycles: {name} must be {least} to {most}, got {value!r}")
+                raise InputError(f"cycles: {name} must be {least} to {most}, got {_shown(value)}")
         if self.anchor is not None and self.anchor not in ANCHORS:
             raise unknown_name("anchor", str(self.anchor)[:60], ANCHORS)
         if self.model_type is not None and not isinstance(self.model_type, str):
-            raise InputError(f"cycles: model_type must be text, got {self.model_type!r}")
+            raise InputError(f"cycles: model_type must be text, got {_shown(self.model_type)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +192,10 @@ class ModelConfig:
         for name, limit in _LIMITS.items():
             _require_int(name, getattr(self, name), limit)
         if not isinstance(self.family, str):
-            raise InputError(f"family must be text, got {self.family!r}")
+            raise InputError(f"family must be text, got {_shown(self.family)}")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise InputError(f"{name} must be true or false, got {_shown(getattr(self, name))}")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads ({self.num_heads}) is not a multiple of "
@@ -187,11 +203,17 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim ({self.head_dim}) must be even for rotary embeddings")
-        _require_number("norm_eps", self.norm_eps, minimum=0.0, strict=True)
-        for name in ("attention_logit_softcap", "final_logit_softcap"):
-            if getattr(self, name) is not None:
-                _require_number(name, getattr(self, name), minimum=0.0, strict=True)
+        if self.rope.kind == "dynamic" and self.head_dim == 2:
+            raise InputError("head_dim (2) must be at least 4 for rope type 'dynamic'")
+        caps = ("attention_logit_softcap", "final_logit_softcap")
+        for name in ("norm_eps", *(c for c in caps if getattr(self, c) is not None)):
+            number = _number(name, getattr(self, name), minimum=0.0, strict=True)
+            object.__setattr__(self, name, number)
         if self.sliding_windows is not None:
+            if not isinstance(self.sliding_windows, tuple):
+                raise InputError(
+                    f"sliding_windows must be a list, got {_shown(self.sliding_windows)}"
+                )
             if len(self.sliding_windows) != self.num_layers:
                 raise InputError(
                     f"sliding_windows has {len(self.sliding_windows)} entries "
@@ -206,11 +228,13 @@ class ModelConfig:
                 f"of {self.num_layers}"
             )
         if not isinstance(self.eos_token_ids, tuple):
-            raise InputError(f"eos_token_ids must be a list, got {self.eos_token_ids!r}")
+            raise InputError(f"eos_token_ids must be a list, got {_shown(self.eos_token_ids)}")
         for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
             whole = isinstance(token, int) and not isinstance(token, bool)
             if token is not None and not (whole and 0 <= token < self.vocab_size):
-                raise InputError(f"special token id {token} is outside 0..{self.vocab_size - 1}")
+                raise InputError(
+                    f"special token id {_shown(token)} is outside 0..{self.vocab_size - 1}"
+                )
 
     @property
     def group_size(self) -> int:
@@ -276,8 +300,10 @@ def read_shape(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     try:
-        return ModelConfig.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"no shape of a model at {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    # Bytes that are no text, text that is no TOML, and a number of too many digits are ValueErrors.
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
+    return ModelConfig.from_dict(values)

@@ -1,18 +1,20 @@
 """Text to token ids and back, whole or as a stream.
 
 A thin wrapper around a tokenizer of transformers, read from a local directory only. transformers is
-imported when the first tokenizer is loaded: it takes 0.3 to 0.5 s (2 s where torch is installed,
-which it then imports).
+imported when the first tokenizer is loaded: it takes 0.3 to 0.5 s. Its AutoTokenizer would import
+torch too wherever that is installed, 2 s, so the class is chosen here.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +40,8 @@ TOKENIZER_FILES = (
 # Tokens that together may still be one character; more than that are broken text.
 _LONGEST_CHARACTER = 16
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Where no config names a class.
+_CLASSES = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
 class Encoding(NamedTuple):
@@ -71,21 +75,13 @@ class Tokenizer:
             raise InputError(f"{directory} holds no tokenizer")
         # Without torch, transformers advises to install it; and its progress notes are not ours.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # A tokenizer.json says all; without one the class that the config names must build it.
-        # AutoTokenizer imports torch wherever that is installed, which takes two seconds.
-        if (directory / "tokenizer.json").is_file():
-            from transformers import PreTrainedTokenizerFast
-
-            loader: Any = PreTrainedTokenizerFast
-        else:
-            from transformers import AutoTokenizer
-
-            loader = AutoTokenizer
         try:
-            inner = loader.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False
-            )
-            return cls(inner)
+            with _held_log():
+                loader = _class_for(directory)
+                inner = loader.from_pretrained(
+                    str(directory), local_files_only=True, trust_remote_code=False
+                )
+                return cls(inner)
         except Exception as error:  # its loaders raise almost every type on a malformed file
             raise InputError(
                 f"cannot read the tokenizer in {directory}: {first_line(error)}"
@@ -190,6 +186,53 @@ class Tokenizer:
             raise
         except Exception as error:  # the Rust side raises a bare Exception when a write fails
             raise OSError(f"cannot write the tokenizer: {first_line(error)}") from error
+
+
+def _class_for(directory: Path) -> Any:
+    """The class of transformers that reads a directory, as AutoTokenizer chooses it.
+
+    A tokenizer.json says all. Without one the class that a config names must build it: Llama's puts
+    a space before the text, say, which the general class does not do for a tokenizer.model. (That
+    is what AutoTokenizer takes for a Mistral that names Llama's; here the name counts.)
+    """
+    import transformers
+
+    general: Any = transformers.PreTrainedTokenizerFast
+    if (directory / "tokenizer.json").is_file():
+        return general
+    said: dict[str, Any] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            said |= json.loads((directory / name).read_bytes())
+    wanted = said.get("tokenizer_class") or _CLASSES.get(str(said.get("model_type")))
+    if not isinstance(wanted, str) or not wanted.endswith(("Tokenizer", "TokenizerFast")):
+        return general
+    found = getattr(transformers, wanted.removesuffix("Fast"), None)
+    return found if isinstance(found, type) and issubclass(found, general) else general
+
+
+@contextlib.contextmanager
+def _held_log() -> Iterator[None]:
+    """Keeps back what transformers logs on the way to an error: that is said in one line."""
+    import transformers
+
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    logger = logging.getLogger(transformers.__name__)
+    handlers = list(logger.handlers)
+    for handler in handlers:
+        handler.addFilter(hold)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(hold)
+    for record in held:
+        logger.handle(record)
 
 
 def has_tokenizer(directory: Path) -> bool:

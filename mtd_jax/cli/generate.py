@@ -26,7 +26,8 @@ Answer one prompt or a file of prompts.
   mtd generate --model models/smollm2 --prompts prompts.jsonl --batch-size 4 --json
 
 A prompts file holds one JSON object a line: {"id": ..., "prompt": TEXT}, or "messages": [{"role",
-"content"}, ...] or "token_ids": [...] in place of "prompt"; optional "max_new_tokens".
+"content"}, ...] or "token_ids": [...] in place of "prompt"; optional "max_new_tokens" and "seed",
+which go before the flags.
 Text is wrapped in the model's chat template where it has one (--no-chat: taken as it is).
 """
 

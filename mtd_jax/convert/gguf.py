@@ -164,6 +164,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         raise InputError(f"{file.path.name}: head count or embedding length is no number")
     head_dim = get("attention.key_length", hidden // heads)
+    if not isinstance(head_dim, int) or head_dim < 1:
+        raise InputError(f"{file.path.name}: the width of a head is no number")
     if get("rope.dimension_count", head_dim) != head_dim:
         raise InputError(f"{file.path.name}: rotary embedding of a part of each head")
     if get("attention.value_length", head_dim) != head_dim:
@@ -171,10 +173,11 @@ def read_config(file: GGUFFile) -> ModelConfig:
     names = set(file.names())
     tokens = values.get("tokenizer.ggml.tokens")
     vocabulary = file.shape("token_embd.weight")[0] if "token_embd.weight" in names else None
-    eos = [values.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    ends = [values.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    eos = [token for token in ends if token is not None]
     return ModelConfig(
         family=name,
-        vocab_size=vocabulary or get("vocab_size", len(tokens or ())),
+        vocab_size=vocabulary or get("vocab_size", len(tokens) if isinstance(tokens, list) else 0),
         hidden_size=hidden,
         intermediate_size=get("feed_forward_length"),
         num_layers=get("block_count"),
@@ -190,7 +193,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         qk_norm=family.qk_norm,
         rope=_rope(file, get, head_dim),
         bos_token_id=values.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
+        eos_token_ids=tuple(token for n, token in enumerate(eos) if token not in eos[:n]),
         pad_token_id=values.get("tokenizer.ggml.padding_token_id"),
     )
 
@@ -235,7 +238,7 @@ def _rope(file: GGUFFile, get: Any, head_dim: int) -> RopeConfig:
     if _ROPE_FACTORS in file.names():
         return _llama3_rope(file, theta, head_dim)
     kind = get("rope.scaling.type", "none")
-    if kind not in _ROPE_KINDS:
+    if not isinstance(kind, str) or kind not in _ROPE_KINDS:
         raise unknown_name("GGUF rope scaling", str(kind)[:60], _ROPE_KINDS)
     if kind == "none":
         return RopeConfig(theta=theta)
@@ -257,7 +260,7 @@ def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> RopeConfig:
     """
     from mtd_jax.transformer.rope import inverse_frequencies
 
-    if file.shape(_ROPE_FACTORS) != (head_dim // 2,):
+    if head_dim < 2 or file.shape(_ROPE_FACTORS) != (head_dim // 2,):
         raise InputError(f"{file.path.name}: '{_ROPE_FACTORS}' must be [{head_dim // 2}]")
     stored = file.read(_ROPE_FACTORS, (slice(0, head_dim // 2),)).astype(np.float32)
     if not np.isfinite(stored).all() or stored.min() < 1:
@@ -283,4 +286,5 @@ def _shortest(value: Any) -> float:
     """A float32 from the file as the decimal number it was made from: 1e-05, not 9.99999975e-06."""
     if not isinstance(value, int | float | np.floating):
         raise InputError(f"a number was expected in the GGUF metadata, not {type(value).__name__}")
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # infinity is refused by name
+        return float(str(np.float32(value)))

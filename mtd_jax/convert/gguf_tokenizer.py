@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.errors import InputError, first_line, unknown_name
 from mtd_jax.tokenizer import Tokenizer
 
 _LLAMA3 = (
@@ -28,6 +28,17 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
     if kind not in ("gpt2", "llama"):
         # The model loads, and takes and gives token ids.
         return None
+    try:
+        return _built(metadata, kind)
+    except InputError:
+        raise
+    except Exception as error:  # names with spaces in a template, ids that are no ids
+        raise InputError(
+            f"the tokenizer of the GGUF file cannot be read: {first_line(error)}"
+        ) from error
+
+
+def _built(metadata: Mapping[str, Any], kind: str) -> Tokenizer:
     tokens = _texts(metadata, "tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     if not isinstance(types, list):

@@ -25,7 +25,7 @@ from mtd_jax.convert.method_files import FILE, MethodFile, read_method, write_me
 from mtd_jax.convert.orbax_tree import restore_tree, save_tree, stored_shapes
 from mtd_jax.convert.tensor_source import FLOATS
 from mtd_jax.decoding.draft_vocabulary import VOCABULARY, DraftVocabulary
-from mtd_jax.decoding.heads import Heads
+from mtd_jax.decoding.heads import ACCURACIES, Heads, accuracies_of
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.typing import DTypeLike
@@ -167,6 +167,12 @@ def describe_heads(directory: Path) -> dict[str, Any]:
     if file.files is not None:
         check_inventory(directory / _WEIGHTS, file.files, listed_in=FILE)
         shapes = stored_shapes(directory / _WEIGHTS)
+    record = dict(file.record)
+    accuracies, vocabulary = accuracies_of(record), record.get(VOCABULARY)
+    if accuracies is not None:
+        record[ACCURACIES] = accuracies.tolist()
+    if not isinstance(vocabulary, list | None):
+        raise InputError(f"'{VOCABULARY}' in {directory / FILE} must be a list of ids")
     return {
         "path": str(directory),
         "format": "heads",
@@ -176,5 +182,5 @@ def describe_heads(directory: Path) -> dict[str, Any]:
         "dtype": file.dtype,
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "shapes": shapes,
-        "record": dict(file.record),
+        "record": record,
     }

@@ -7,8 +7,8 @@ transformers 4.x, `rope_parameters` of 5.x.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -322,14 +322,16 @@ def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> i
     value = default if value is None else value
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # some exporters write 32.0
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"config.json: {key} must be a whole number, got {_short(value)}")
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**63:
+        raise InputError(f"config.json: {key} must be a 64-bit whole number, got {_short(value)}")
     return value
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:
     value = values[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared, not converted: JSON's whole numbers may be too long for a float.
+    if not plain or not abs(value) <= sys.float_info.max:
         raise InputError(f"config.json: {key} must be a finite number, got {_short(value)}")
     return float(value)
 

@@ -37,8 +37,8 @@ def check_inventory(directory: Path, inventory: Any, *, listed_in: str = "config
         raise InputError(f"{directory.parent}/{listed_in} does not list the files of {directory}")
     for name, expected in inventory.items():
         path = directory / name
-        if not path.resolve().is_relative_to(directory.resolve()):
-            raise InputError(f"{directory.parent}/{listed_in} lists '{name[:100]}' elsewhere")
+        if not _lies_below(directory, path):
+            raise InputError(f"{directory.parent}/{listed_in} lists {name[:100]!r} elsewhere")
         if not path.is_file():
             raise InputError(f"{path} is missing")
         try:
@@ -47,6 +47,13 @@ def check_inventory(directory: Path, inventory: Any, *, listed_in: str = "config
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         if found != expected:
             raise InputError(f"{path} is truncated or was changed")
+
+
+def _lies_below(directory: Path, path: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(directory.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a zero byte in the name
+        return False
 
 
 def _describe(path: Path) -> list[Any]:

@@ -47,6 +47,8 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\u" in data:  # the only way to half a surrogate pair, of which no file name is made
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except InputError:
         raise
     except RecursionError:

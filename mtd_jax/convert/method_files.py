@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtd_jax.convert.atomic import write_file
+from mtd_jax.convert.json_files import parse_object
 from mtd_jax.errors import InputError
 
 FILE = "method.json"
@@ -49,12 +50,12 @@ def read_method(directory: Path) -> MethodFile:
     """
     path = directory / FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_object(path.read_bytes(), FILE)
     except FileNotFoundError:
         raise InputError(f"no {FILE} in {directory}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, InputError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != _FORMAT:
+    if values.get("format") != _FORMAT:
         raise InputError(f"{path} is not format {_FORMAT} of a method's settings")
     method, options, base = (values.get(key) for key in ("method", "options", "base"))
     if not (isinstance(method, str) and isinstance(options, dict) and isinstance(base, str)):

@@ -266,7 +266,10 @@ def file_inside(directory: Path, name: str) -> Path:
       InputError: such a link, or a directory, a device, a pipe, or nothing there.
     """
     root = directory.resolve()
-    target = (directory / name).resolve()
+    try:
+        target = (directory / name).resolve()
+    except (OSError, RuntimeError):
+        raise InputError(f"no such file: {directory / name} (links in a circle)") from None
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")

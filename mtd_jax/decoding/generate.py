@@ -124,7 +124,7 @@ def generate(
       model: what `load` returned.
       method: how to decode, e.g. `methods.autoregressive()`.
       prompts: one prompt or several: text, token ids, `{"messages": [...]}` or `Prompt`.
-      sampling: for all prompts, or one for each.
+      sampling: for all prompts, or one for each; a prompt's own seed goes before its.
       max_new_tokens: budget of each prompt that does not state its own.
       stop: strings that end an answer and are cut off it.
       chat: wrap plain text in the chat template; None does so where there is one.
@@ -143,6 +143,7 @@ def generate(
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(requests):
         raise InputError(f"{len(samplings)} sampling values for {len(requests)} prompts")
+    samplings = [r.sampling(asked) for r, asked in zip(requests, samplings, strict=True)]
     if stop and model.tokenizer is None:
         raise InputError("stop strings need a tokenizer, and the model has none")
     StopMatcher(stop)  # refuses an empty string before anything runs

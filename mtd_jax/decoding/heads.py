@@ -60,7 +60,7 @@ def accuracies_of(record: Mapping[str, Any]) -> np.ndarray | None:
         return None
     try:
         values = np.asarray(found, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         values = np.zeros(0)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise InputError(f"the record of the heads must hold '{ACCURACIES}' as rows of numbers")

@@ -13,7 +13,7 @@ import numpy as np
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.sampling import Sampling
 from mtd_jax.errors import InputError, nearest
-from mtd_jax.tokenizer import Tokenizer
+from mtd_jax.tokenizer import Tokenizer, check_text
 
 Message: TypeAlias = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 256
@@ -47,11 +47,15 @@ class Prompt:
     """What kind of prompt it is, for reports."""
     cycle: int | None = None
     """Tokens of a cycle, for `dmtd`: at most the method's own, which None is."""
+    seed: int | None = None
+    """Of this prompt's draws; None: that of the call's sampling."""
 
     def __post_init__(self) -> None:
         given = [x for x in (self.text, self.messages, self.token_ids) if x is not None]
         if len(given) != 1:
             raise InputError(f"prompt {self.id}: give one of prompt, messages or token_ids")
+        if self.seed is not None:
+            Sampling(seed=self.seed)  # refuses what it would refuse of a flag
 
 
 AnyPrompt: TypeAlias = str | Prompt | Mapping[str, Any] | Sequence[int] | np.ndarray
@@ -69,6 +73,11 @@ class EncodedPrompt:
     """`budget` is what the context has left, less than was asked for."""
     cycle: int = 0
     """Tokens of a cycle; 0 is the method's own."""
+    seed: int | None = None
+
+    def sampling(self, asked: Sampling) -> Sampling:
+        """What the call asks for, with the prompt's own seed if it has one."""
+        return asked if self.seed is None else dataclasses.replace(asked, seed=self.seed)
 
 
 def as_prompt(value: AnyPrompt, index: int) -> Prompt:
@@ -165,6 +174,7 @@ def encode(
         budget=min(wanted, room),
         ends_at_context=room < wanted,
         cycle=prompt.cycle or 0,
+        seed=prompt.seed,
     )
 
 
@@ -206,8 +216,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _name(value: Any) -> str:
+    """Text to print and to sort by, whatever a line has there."""
+    name = str(value)
+    check_text(name)
+    return name
+
+
 def _from_object(value: Mapping[str, Any], index: int) -> Prompt:
     for key in value:
+        if key == "seed":  # the only one of a prompt's own; too short to look for slips of
+            continue
         if key in _SAMPLING_KEYS:
             flag = key.replace("_", "-")
             raise InputError(f"'{key}' is no key of a prompt: sampling is set by flags (--{flag})")
@@ -218,22 +237,23 @@ def _from_object(value: Mapping[str, Any], index: int) -> Prompt:
         if key not in _LINE_KEYS and slip:
             raise InputError(f"unknown key '{key}'{slip}")
     text, messages, ids = value.get("prompt"), value.get("messages"), value.get("token_ids")
-    budget, cycle = value.get("max_new_tokens"), value.get("cycle")
+    budget, cycle, seed = (value.get(key) for key in ("max_new_tokens", "cycle", "seed"))
     if text is not None and not isinstance(text, str):
         raise InputError("'prompt' must be text")
     if messages is not None and not isinstance(messages, list | tuple):
         raise InputError("'messages' must be a list of {role, content} objects")
     if ids is not None and not isinstance(ids, list | tuple):
         raise InputError("'token_ids' must be a list of whole numbers")
-    for number in [*(ids or ()), *(n for n in (budget, cycle) if n is not None)]:
+    for number in [*(ids or ()), *(n for n in (budget, cycle, seed) if n is not None)]:
         if not _is_whole(number):
             raise InputError(f"{number!r} is not a whole number")
     return Prompt(
-        id=str(value.get("id", index)),
+        id=_name(value.get("id", index)),
         text=text,
         messages=None if messages is None else tuple(messages),
         token_ids=None if ids is None else tuple(ids),
         max_new_tokens=budget,
-        category=value.get("category"),
+        category=None if value.get("category") is None else _name(value["category"]),
         cycle=cycle,
+        seed=seed,
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from mtd_jax.convert.conversions import to_native
 from mtd_jax.convert.huggingface import read_config
-from mtd_jax.convert.load import load
+from mtd_jax.convert.load import load, load_as_stored
+from mtd_jax.convert.native import write_native
 from mtd_jax.convert.safetensors_files import read_header
 from mtd_jax.errors import InputError
 from tests.support.checkpoints import hf_config, hf_tensors, write_hf
@@ -167,6 +169,7 @@ def test_tokenizer_files_are_copied_from_the_directory_or_the_hub_cache(tmp_path
     makers: dict[str, Callable[[Path], None]] = {
         "link to a place outside": lambda path: path.symlink_to(tmp_path / "secret"),
         "link to a place": lambda path: path.symlink_to("/dev/zero"),
+        "circle|no such file": lambda path: path.symlink_to(path.name),
         "no regular file": os.mkfifo,
         r"merges\.txt is no regular file": Path.mkdir,
         "no such file": lambda path: path.symlink_to("nowhere"),
@@ -257,8 +260,13 @@ CONFIGS: list[dict[str, Any]] = [
     {"hidden_size": 64},
     {"rms_norm_eps": "x"},
     {"rms_norm_eps": 1e999},
+    {"rms_norm_eps": 10**400},
+    {"rope_theta": 10**400},
     {"rope_theta": [1]},
     {"rope_scaling": {"rope_type": "dynamic", "factor": {}}},
+    {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
+    {"rope_scaling": {"rope_type": "yarn"}, "max_position_embeddings": 10**400},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 2}, "head_dim": 2},
     {"eos_token_id": {"a": 1}},
     {"vocab_size": None},
     {"architectures": 3, "model_type": "qwen3"},
@@ -285,12 +293,16 @@ def test_the_command_line_says_one_line_and_writes_nothing(tmp_path: Path) -> No
     sources.append(tmp_path / "no.gguf")
     sources.append(write_hf(tmp_path / "tokenizer"))
     (sources[-1] / "tokenizer.json").write_text("{")
+    sources.append(write_hf(tmp_path / "sentencepiece"))
+    (sources[-1] / "tokenizer.model").write_text("none")
     out = tmp_path / "results" / "out"
     commands: list[list[str | Path]] = []
     for source in sources:
         commands += [["convert", "from-hf", source, out], ["convert", "to-hf", source, out]]
     good = write_hf(tmp_path / "good")
-    commands += [["inspect", source] for source in sources[:-1] if source.name != "nan"]
+    # These lie in what `inspect` does not read.
+    unread = ("nan", "tokenizer", "sentencepiece")
+    commands += [["inspect", source] for source in sources if source.name not in unread]
     commands += [
         ["convert", "from-hf", good, good],
         ["convert", "from-hf", good, tmp_path / "text.txt"],
@@ -310,26 +322,39 @@ def test_the_command_line_says_one_line_and_writes_nothing(tmp_path: Path) -> No
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())
 
 
-def test_native_configs_through_the_command_line(tmp_path: Path) -> None:
-    good = write_hf(tmp_path / "good")
-    native = [tmp_path / f"n{i}" for i in range(8)]
-    made = run_commands([["convert", "from-hf", good, out] for out in native])
-    assert [outcome.code for outcome in made] == [0] * len(native)
-    changes: list[dict[str, Any]] = [
+def test_native_checkpoints_through_the_command_line(tmp_path: Path) -> None:
+    native = tmp_path / "native"
+    to_native(write_hf(tmp_path / "good"), native)
+    config = json.loads((native / "config.json").read_text())
+    models: list[dict[str, Any]] = [
         {"num_heads": "4"},
         {"num_layers": 1e9},
         {"norm_eps": None},
         {"rope": []},
         {"rope": {"kind": "spiral"}},
+        {"rope": {"truncate": []}},
+        {"rope": {"kind": "dynamic", "original_max_position": 64}, "head_dim": 2},
         {"eos_token_ids": [2.5]},
         {"sliding_windows": [1]},
+        {"sliding_windows": 1},
         {"hidden_sise": 3},
     ]
-    for directory, change in zip(native, changes, strict=True):
-        config = json.loads((directory / "config.json").read_text())
-        config["model"] |= change
-        (directory / "config.json").write_text(json.dumps(config))
-    outcomes = run_commands([["convert", "to-hf", d, tmp_path / "out"] for d in native])
-    for change, outcome in zip(changes, outcomes, strict=True):
-        assert assert_refused(outcome), change
+    changes = [{"model": config["model"] | model} for model in models]
+    changes += [{"files": {name: [1, None]}} for name in ("a\0b", "\ud800", "a" * 5000)]
+    changes += [{"source": "\ud800"}]
+    commands: list[list[str | Path]] = []
+    for number, change in enumerate(changes):
+        damaged = shutil.copytree(native, tmp_path / str(number))
+        (damaged / "config.json").write_text(json.dumps(config | change))
+        commands.append(["convert", "to-hf", damaged, tmp_path / "out"])
+    commands.append(["inspect", damaged])
+    params = load_as_stored(native).params
+    for number, value in enumerate((np.nan, np.inf)):
+        weights = params.replace(embedding=params.embedding.at[3, 2].set(value))
+        (tmp_path / f"weights{number}").mkdir()
+        write_native(tmp_path / f"weights{number}", weights, fingerprint="0", source="none")
+        commands.append(["convert", "to-hf", tmp_path / f"weights{number}", tmp_path / "out"])
+        commands.append(["generate", "--model", tmp_path / f"weights{number}", "--prompt", "a"])
+    said = [assert_refused(outcome) for outcome in run_commands(commands)]
+    assert sum("holds NaN or infinite weights: embedding" in line for line in said) == 4
     assert not (tmp_path / "out").exists()

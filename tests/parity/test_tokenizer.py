@@ -1,5 +1,6 @@
 """The tokenizer and its stream: text that arrives in pieces is the text."""
 
+import contextlib
 import functools
 import json
 import time
@@ -15,6 +16,12 @@ from mtd_jax.errors import InputError
 from mtd_jax.tokenizer import TextStream, Tokenizer
 from tests.support import tokenizers
 from tests.support.real import model_directory
+from tests.support.vocabularies import (
+    LLAMA2,
+    sentencepiece_model,
+    write_byte_level,
+    write_sentencepiece,
+)
 
 
 @functools.cache
@@ -205,3 +212,76 @@ def test_the_real_tokenizer_keeps_digits_apart() -> None:
     assert tokenizer.decode(chat, skip_special_tokens=False).endswith("<|im_start|>assistant\n")
     assert tokenizer.eos_token_ids == (2,)
     assert tokenizer.vocab_size == 49152
+
+
+_LLAMA, _QWEN = {"model_type": "llama"}, {"model_type": "qwen2"}
+_ADDED = {"<|user|>": 400, "<|bot|>": 401}
+DIRECTORIES: dict[str, Callable[[Path], Path]] = {
+    "Llama 2": lambda d: write_sentencepiece(d, config=_LLAMA, tokenizer_config=LLAMA2),
+    "fast": lambda d: write_sentencepiece(
+        d, config=_LLAMA, tokenizer_config=LLAMA2 | {"tokenizer_class": "LlamaTokenizerFast"}
+    ),
+    "added tokens": lambda d: write_sentencepiece(
+        d,
+        config=_LLAMA,
+        tokenizer_config=LLAMA2,
+        added_tokens=_ADDED,
+        special_tokens_map={"additional_special_tokens": [*_ADDED], "pad_token": "<unk>"},
+    ),
+    "class of the model": lambda d: write_sentencepiece(
+        d, config=_LLAMA | {"tokenizer_class": "LlamaTokenizer"}
+    ),
+    "general class": lambda d: write_sentencepiece(
+        d, config=_LLAMA, tokenizer_config=LLAMA2 | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    ),
+    "no class": lambda d: write_sentencepiece(d, config=_LLAMA),
+    "unigram": lambda d: write_sentencepiece(d, kind="unigram", config=_LLAMA),
+    "Qwen2": lambda d: write_byte_level(
+        d, config=_QWEN, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"}
+    ),
+    "Qwen2 by its model": lambda d: write_byte_level(d, config=_QWEN),
+    "GPT-2's in a Llama": lambda d: write_byte_level(
+        d, config=_LLAMA, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"}
+    ),
+}
+SPACES = ["", " ", "  the", "the  the ", "in\nthe", "<s>the</s> in", "▁the", "<|user|>the<|bot|>"]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_without_a_tokenizer_json_as_transformers_reads_it(tmp_path: Path, name: str) -> None:
+    from transformers import AutoTokenizer  # imports torch
+
+    directory = DIRECTORIES[name](tmp_path / "tokenizer")
+    ours = Tokenizer.load(directory)
+    theirs = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    for text in (*tokenizers.TEXT, *SPACES):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.fingerprint() == Tokenizer(theirs).fingerprint()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_a_tokenizer_model_gives_the_ids_of_sentencepiece(tmp_path: Path, model_type: str) -> None:
+    """AutoTokenizer reads a Mistral's with the general class, and loses the space before it."""
+    import sentencepiece
+
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    directory = write_sentencepiece(
+        tmp_path / "tokenizer", config={"model_type": model_type}, tokenizer_config=LLAMA2
+    )
+    ours = Tokenizer.load(directory)
+    # transformers puts no second space before a text that begins with one.
+    plain = [text for text in SPACES if not text.startswith((" ", "▁", "<"))]
+    for text in (*tokenizers.TEXT, *plain):
+        assert ours.encode(text) == [1, *theirs.encode(text)]
+
+
+def test_a_tokenizer_class_that_is_none_is_not_looked_for(tmp_path: Path) -> None:
+    for number, name in enumerate(["Nonsense", "Trainer", "BertTokenizer", 3]):
+        directory = write_sentencepiece(
+            tmp_path / str(number), tokenizer_config={"tokenizer_class": name}
+        )
+        with contextlib.suppress(InputError):
+            assert Tokenizer.load(directory).encode("the")
