@@ -247,6 +247,30 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(found.float().numpy())
 
 
+def logits_with_cache(
+    model: Any, tokens: np.ndarray, lengths: np.ndarray, steps: int
+) -> np.ndarray:
+    """Float32 logits [B, 1 + steps, V] at the last token of each prompt and at those behind it.
+
+    The prompt of row b is `tokens[b, :lengths[b]]`, read at once; the others follow one by one. A
+    row must be longer than those before it ever were: dynamic rotary embeddings are stretched for
+    the longest text that the model has seen.
+    """
+    import torch
+
+    rows = []
+    for row, length in zip(torch.from_numpy(tokens), lengths.tolist(), strict=True):
+        found: list[Any] = []
+        past = None
+        with torch.no_grad():
+            for part in row[: length + steps].split([length, *[1] * steps]):
+                out = model(part[None], past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                found.append(out.logits[0, -1])
+        rows.append(torch.stack(found))
+    return np.asarray(torch.stack(rows).float().numpy())
+
+
 def greedy(model: Any, prompt: Iterable[int], count: int) -> tuple[list[int], np.ndarray]:
     """`count` new tokens by `generate` with its cache, and the logits [count, V] each came from."""
     import torch
