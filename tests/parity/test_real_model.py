@@ -12,6 +12,8 @@ import pytest
 import mtd_jax as mtd
 from mtd_jax.convert import huggingface, native
 from mtd_jax.convert.conversions import to_huggingface
+from mtd_jax.convert.load import load_as_stored
+from mtd_jax.sharding import make_mesh, parse_mesh
 from mtd_jax.tokenizer import Tokenizer
 from tests.support import hf
 from tests.support.real import model_directory
@@ -25,6 +27,8 @@ pytestmark = [
 NEW_TOKENS = 128
 GAP = 1e-4
 """Two tokens whose logits are closer than this are both the greatest, in float32."""
+LOGITS = 1e-4
+"""The largest difference of any logit between devices, in float32."""
 
 _LEDGER = "\n".join(
     f"{day:02d}.{month:02d}. {what}, {price * 7 % 90 + 3}.{price % 100:02d} EUR"
@@ -150,3 +154,21 @@ def test_ids_are_those_of_a_plain_bpe(text: str) -> None:
         [AddedToken(t["content"], special=True, normalized=False) for t in stored["added_tokens"]]
     )
     assert _tokenizer().encode(text) == backend.encode(text).ids
+
+
+def test_logits_on_a_mesh_are_those_of_one_device() -> None:
+    """Two short prompts, each four times: a row for every device."""
+    ids = [_tokenizer().chat([{"role": "user", "content": PROMPTS[i]}]) for i in (0, 2)]
+    assert len(ids[0]) != len(ids[1])
+    tokens = np.zeros((8, max(len(row) for row in ids)), np.int32)
+    for number, row in enumerate(ids * 4):
+        tokens[number, : len(row)] = row
+    one = load_as_stored(model_directory(), dtype="float32")
+    expected = np.asarray(mtd.logits(one, tokens[:2]))
+    del one
+    mesh = make_mesh(parse_mesh("data=2,fsdp=4"))
+    model = mtd.load(model_directory(), dtype="float32", mesh=mesh)
+    found = np.asarray(mtd.logits(model, tokens))
+    for number, row in enumerate(ids * 4):
+        difference = found[number, : len(row)] - expected[number % 2, : len(row)]
+        assert np.abs(difference).max() <= LOGITS
