@@ -88,7 +88,10 @@ def _state(method: Any, params: Any, batch: int) -> Any:
     return engine.start(method, params, tokens, lengths, requests, 1024)[0]
 
 
-@pytest.mark.parametrize("layout", ["stacked", "prepared"])
+# Prepared is what a CPU decodes with: compiled as for a user, which takes four times as long.
+@pytest.mark.parametrize(
+    "layout", ["stacked", pytest.param("prepared", marks=pytest.mark.optimized)]
+)
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_copies_neither_weights_nor_cache(layout: str, batch: int) -> None:
     """The loop's temporary memory stays under a layer's weights, whatever the model's depth."""

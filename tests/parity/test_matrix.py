@@ -44,8 +44,12 @@ def _representative() -> tuple[hf.Variant, ...]:
 
 def _params(few: tuple[hf.Variant, ...], others: list[hf.Variant]) -> list[Any]:
     # `load` lays weights out for decoding; as they are stored, layers are one scan that compiles
-    # faster.
-    quick = [pytest.param(v, mtd.load, id=v.id) for v in few]
+    # faster. One of each family is compiled as for a user.
+    whole = {v.family: v for v in few}.values()
+    quick = [
+        pytest.param(v, mtd.load, id=v.id, marks=[pytest.mark.optimized] if v in whole else [])
+        for v in few
+    ]
     slow = [
         pytest.param(v, load_as_stored, id=v.id, marks=pytest.mark.slow)
         for v in others
