@@ -42,3 +42,9 @@ def language_model(cfg: ModelConfig = CONFIG, seed: int = 0) -> LanguageModel:
     return LanguageModel(
         params=params(cfg, seed), tokenizer=None, mesh=None, fingerprint="tiny", source="random"
     )
+
+
+def decided(model: LanguageModel, factor: float = 20.0) -> LanguageModel:
+    """The same with logits so many times as far apart: as they are, all tokens are nearly alike."""
+    changed = model.params.replace(final_norm=model.params.final_norm * factor)
+    return dataclasses.replace(model, params=changed)
