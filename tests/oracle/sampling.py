@@ -1,4 +1,4 @@
-"""Temperature, top-k, top-p and min-p on one row, in the order and words of their definitions."""
+"""Penalties, temperature, top-k, top-p and min-p on one row, in the words of their definitions."""
 
 from __future__ import annotations
 
@@ -29,3 +29,21 @@ def probabilities(
         p /= p.sum()
     p = np.where(p >= min_p * p.max(), p, 0.0)
     return p / p.sum()
+
+
+def penalized(
+    logits: np.ndarray,
+    prompt: list[int],
+    answer: list[int],
+    repetition: float,
+    presence: float,
+    frequency: float,
+) -> np.ndarray:
+    out = np.array(logits, np.float64)
+    for token in set(prompt + answer):
+        out[token] = out[token] / repetition if out[token] > 0 else out[token] * repetition
+    for token in answer:
+        out[token] -= frequency
+    for token in set(answer):
+        out[token] -= presence
+    return out
