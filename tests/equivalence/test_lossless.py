@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import jax
@@ -46,6 +47,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "dmtd": {"cycle": 4, "early": 1, "late": 1, "lossless": True},
 }
 UNTRAINED = ("medusa:random", "hidden_transfer:random")
+# In bfloat16 these would run what others run: other sizes to choose from, or other weights.
+AS_OTHERS = ("cp", "hidden_transfer:auto", "independent_heads", "medusa", "ngram")
+AS_OTHERS += ("self_speculative:auto", *UNTRAINED)
 # Windows in some layers, and a context that the answers fill.
 CONFIG = tiny.config(sliding_windows=(None, 9, 5), max_position=100, eos_token_ids=())
 PROMPTS = [
@@ -93,8 +97,11 @@ def _heads(label: str) -> Heads | None:
     return heads.fitted(_model(), texts[::2], name)
 
 
-def _method(label: str) -> Any:
-    made: Any = methods.make_method(label.split(":")[0], METHODS[label], _heads(label))
+def _method(label: str, changed: Callable[[Any], Any] = lambda weights: weights) -> Any:
+    """With `changed` weights of heads, if it has any."""
+    own = _heads(label)
+    own = own and dataclasses.replace(own, weights=changed(own.weights))
+    made: Any = methods.make_method(label.split(":")[0], METHODS[label], own)
     if label == "dmtd":
         return made
     # Drafts that are cheap, so that `auto` tries all sizes.
@@ -274,6 +281,60 @@ def test_a_method_is_plain_decoding(label: str, batch_size: int) -> None:
             assert clock.compilations == 0, check.__name__
 
 
+GROWING = (
+    "cp:tree",
+    "dmtd:lossy",
+    "hidden_transfer:all",
+    "independent_heads:tree",
+    "medusa:tree",
+    "ngram:tree",
+    "prompt_lookup",
+    "self_speculative",
+)
+
+
+@cache
+def _roomy() -> LanguageModel:
+    """The same weights, hence the same heads, with room for caches of 128, 256 and 512 slots."""
+    return tiny.language_model(dataclasses.replace(CONFIG, max_position=400))
+
+
+@cache
+def _long_answers() -> list[Completion]:
+    return _decode(methods.autoregressive(), 1, _roomy(), prompts=PROMPTS[:3], max_new_tokens=1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", GROWING)
+def test_answers_that_outgrow_their_cache(label: str) -> None:
+    """Over both edges between sizes and up to the context's end; one program for every size."""
+    lossy = label == "dmtd:lossy"
+    method = methods.dmtd(cycle=4, early=1, late=1) if lossy else _method(label)
+    prompts, model = PROMPTS[:3], _roomy()
+    _decode(method, 3, model, prompts=prompts, max_new_tokens=50)
+    with Clock() as clock:
+        found = _decode(method, 3, model, prompts=prompts, max_new_tokens=1000)
+    # For either size one that grows the cache (other methods share it) and one that goes on.
+    assert clock.compilations <= 4
+    if lossy:
+        alone = _decode(method, 1, model, prompts=prompts, max_new_tokens=1000)
+        assert [c.token_ids for c in found] == [c.token_ids for c in alone]
+    else:
+        _same(found, _long_answers(), label, prompts)
+    assert [c.prompt_tokens + len(c.token_ids) for c in found] == [400] * 3
+    # Rows that end in caches of different sizes, in another order.
+    budgets = (300, 30, 200)
+    shorter = [
+        Prompt(id=str(i), token_ids=tuple(p), max_new_tokens=n)
+        for i, (p, n) in enumerate(zip(prompts[::-1], budgets, strict=True))
+    ]
+    with Clock() as clock:
+        again = _decode(method, 3, model, prompts=shorter)
+    assert clock.compilations == 0
+    for ours, whole, budget in zip(again, found[::-1], budgets, strict=True):
+        assert ours.token_ids == whole.token_ids[:budget]
+
+
 def test_plain_decoding_is_the_oracle() -> None:
     for prompt, plain in zip(PROMPTS[:4], _plain(), strict=False):
         expected = oracle.greedy(_model().params, prompt, 20, ())
@@ -326,11 +387,11 @@ def test_typical_acceptance_is_greedy_at_temperature_zero_and_marked_lossy() -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", ["ngram:chain", "ngram:tree", "self_speculative", "medusa:tree"])
+@pytest.mark.parametrize("label", [label for label in METHODS if label not in AS_OTHERS])
 def test_bfloat16_parts_at_ties_only(label: str) -> None:
     """One unit in the last place of a logit is allowed, because more rows round differently."""
-    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), _model().params)
-    model = dataclasses.replace(_model(), params=params)
-    report = verify(model, _method(label), PROMPTS, max_new_tokens=BUDGET, batch_size=3)
+    rounded = partial(jax.tree.map, lambda w: w.astype(jnp.bfloat16))
+    model = dataclasses.replace(_model(), params=rounded(_model().params))
+    report = verify(model, _method(label, rounded), PROMPTS, max_new_tokens=BUDGET, batch_size=3)
     assert report.passed, report.to_dict()
     assert sum(c.identical for c in report.comparisons) > len(PROMPTS) // 2
