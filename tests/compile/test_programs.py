@@ -88,11 +88,16 @@ def _state(method: Any, params: Any, batch: int) -> Any:
     return engine.start(method, params, tokens, lengths, requests, 1024)[0]
 
 
-# Prepared is what a CPU decodes with: compiled as for a user, which takes four times as long.
+# One is compiled as for a user of a CPU, which takes four times as long.
 @pytest.mark.parametrize(
-    "layout", ["stacked", pytest.param("prepared", marks=pytest.mark.optimized)]
+    ("layout", "batch"),
+    [
+        ("stacked", 1),
+        ("stacked", 4),
+        pytest.param("prepared", 1, marks=pytest.mark.optimized),
+        ("prepared", 4),
+    ],
 )
-@pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_copies_neither_weights_nor_cache(layout: str, batch: int) -> None:
     """The loop's temporary memory stays under a layer's weights, whatever the model's depth."""
     cfg = DEEP
