@@ -48,8 +48,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 UNTRAINED = ("medusa:random", "hidden_transfer:random")
 # In bfloat16 these would run what others run: other sizes to choose from, or other weights.
-AS_OTHERS = ("cp", "hidden_transfer:auto", "independent_heads", "medusa", "ngram")
-AS_OTHERS += ("self_speculative:auto", *UNTRAINED)
+AS_OTHERS = (
+    *("cp", "hidden_transfer:auto", "independent_heads", "medusa", "ngram"),
+    *("self_speculative:auto", *UNTRAINED),
+)
 # Windows in some layers, and a context that the answers fill.
 CONFIG = tiny.config(sliding_windows=(None, 9, 5), max_position=100, eos_token_ids=())
 PROMPTS = [
