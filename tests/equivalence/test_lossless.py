@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cp": {},
     "cp:chain": {"tree": "chain"},
     "cp:rejection": {"tree": "chain", "acceptance": "rejection"},
+    "cp:siblings": {"tree": "2x2x1", "acceptance": "rejection"},
     "cp:tree": {"tree": "2x2x1"},
     "ngram": {},
     "ngram:chain": {"drafts": 4},
@@ -222,7 +223,7 @@ def _penalties_are_as_strong(label: str, method: Any, batch_size: int) -> None:
 
 def _the_same_seed_draws_the_same_tokens(label: str, method: Any, batch_size: int) -> None:
     """Tokens are drawn by position, so drafts from the text change no draw."""
-    if label.startswith("self") or label in ("cp:rejection", "dmtd"):
+    if label.startswith("self") or label in ("cp:rejection", "cp:siblings", "dmtd"):
         return  # its drafts are drawn themselves: the distribution is the same, not each draw
     for sampling in (
         Sampling(0.3, seed=5),

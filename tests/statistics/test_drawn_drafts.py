@@ -31,7 +31,6 @@ BATCH = 5120
 TOKENS = 4
 # Few tokens and few slots: most of the time goes into sorting vocabularies and reading the cache.
 VOCAB = 13
-CAPACITY = 16
 PROMPTS = ([3, 4, 5, 3, 4], [6, 1, 6])
 """The rows of a batch have them by turns."""
 DMTD = {"early": 1, "late": 1}
@@ -86,6 +85,7 @@ def _drawn(method: Any, params: Parameters, sampling: mtd.Sampling) -> _Drawn:
     for row, prompt in enumerate(which):
         tokens[row, : len(PROMPTS[prompt])] = PROMPTS[prompt]
     lengths = np.array([len(PROMPTS[prompt]) for prompt in which], np.int32)
+    capacity = tokens.shape[1] + TOKENS + method.rows_per_step
     texts: collections.Counter[tuple[int, ...]] = collections.Counter()
     drafted = accepted = 0
     for first in range(0, DRAWS, BATCH):
@@ -96,7 +96,7 @@ def _drawn(method: Any, params: Parameters, sampling: mtd.Sampling) -> _Drawn:
             sampling=SamplingRows.of(own),
         )
         prompts = jnp.asarray(tokens), jnp.asarray(lengths)
-        state, begun = engine.start(method, params, *prompts, requests, CAPACITY)
+        state, begun = engine.start(method, params, *prompts, requests, capacity)
         state, rest = engine.run(method, params, state, engine.MAX_ROUNDS)
         assert not state.active.any()
         assert (begun.count == 1).all()
@@ -137,6 +137,11 @@ def _heads(model: LanguageModel, name: str) -> Heads | None:
             mtd.Sampling(1.2, min_p=0.1, presence_penalty=0.5),
         ),
         (
+            "cp",
+            {"tree": "2x2x1", "acceptance": "rejection"},
+            mtd.Sampling(1.5, top_k=6, presence_penalty=0.5),
+        ),
+        (
             "dmtd",
             {"cycle": 4, "lossless": True, **DMTD},
             mtd.Sampling(
@@ -148,7 +153,7 @@ def _heads(model: LanguageModel, name: str) -> Heads | None:
             ),
         ),
     ],
-    ids=["self_speculative:threshold", "self_speculative", "cp", "dmtd"],
+    ids=["self_speculative:threshold", "self_speculative", "cp", "cp:siblings", "dmtd"],
 )
 def test_tokens_are_drawn_from_the_model(
     name: str, options: dict[str, Any], sampling: mtd.Sampling
