@@ -21,10 +21,11 @@ PIP_FLAGS := -qq --disable-pip-version-check
 marks = $(shell $(1)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "not torch")')
 
 .DELETE_ON_ERROR:
-.PHONY: help models demo test test-fast test-newest check format clean
+.PHONY: help models demo benchmark test test-fast test-newest check format clean
 
 help:
 	@echo "make demo         install, fetch $(MODEL), generate; then METHOD beside plain decoding"
+	@echo "make benchmark    measure the table of README.md again (half an hour on two cores)"
 	@echo "make test         lint, types, layers, then every test"
 	@echo "make test-fast    the tests that are not marked slow"
 	@echo "make test-newest  the tests on PYTHON313 with the newest jax, without torch"
@@ -36,6 +37,10 @@ demo: models/$(MODEL)/config.json
 	$(BIN)/mtd generate --model models/$(MODEL) --prompt "$(PROMPT)" --stream
 	@echo; echo "Other prompts, answered by plain decoding and by $(METHOD), in turns:"
 	$(BIN)/mtd bench --model models/$(MODEL) --methods ar,$(METHOD) --prompts benchmarks/prompts/demo.jsonl --auto
+
+# The README's table and figure; nothing else should run meanwhile. `python -m benchmarks.again --list` has the others.
+benchmark: models/$(MODEL)/config.json $(VENV)/.stamp-dev
+	$(BIN)/python -m benchmarks.again cpu-methods
 
 test: check models
 	$(BIN)/python -m pytest -n $(WORKERS) -m "$(call marks,$(BIN))"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def _row(args: argparse.Namespace, seed: int, rank: int) -> dict[str, Any]:
     own = [f'model="{base}"', f'out="{args.work}/rank-{rank}-seed-{seed}"']
     own += [f"options.rank={rank}", f"seed={seed}"]
     prepared = prepare_run(read_config(args.config, [*args.set, *own]))
-    if not (result_of(prepared) / FILE).is_file():
-        fit_and_write(prepared)
+    if not (result_of(prepared) / FILE).is_file() and not fit_and_write(prepared).finished:
+        sys.exit(0)  # it was asked to stop, and has saved what there is
     log = read_log(prepared.directory)
     last = [line for line in log if "held_out_loss" in line][-1]
     names = ["joint", *(f"conditional_{s + 1}" for s in range(prepared.config.options["tokens"]))]
@@ -87,6 +88,7 @@ def _row(args: argparse.Namespace, seed: int, rank: int) -> dict[str, Any]:
     return {
         "rank": rank,
         "seed": seed,
+        "balance": prepared.config.options["balance"],
         "steps": int(last["step"]),
         "tokens": int(sum(line.get("tokens", 0) for line in log)),
         **{name: round(last[f"held_out_{name}"], 5) for name in (*names, "usage_entropy")},

@@ -1,10 +1,12 @@
 """Weight layouts and compiler options for CPU decoding: what `mtd_jax/backend.py` was chosen by.
 
     python benchmarks/layouts.py --dtype float32,bfloat16 --out results.json
+    python benchmarks/layouts.py --flags xla_cpu_enable_fast_math=true --out results.json
 
 Times the layers' four matrix products of SmolLM2-135M (425 MB in float32, no attention, no head),
 one product after the other as in a model, for 1 to 32 rows. All variants and dtypes take turns
-within a round; the best of the rounds is reported, in milliseconds.
+within a round; the best of the rounds is reported, in milliseconds. With --flags what was chosen is
+measured beside itself with each further compiler option.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +30,13 @@ ROWS = "1,2,4,8,16,32"
 DTYPES = ("float32", "bfloat16")
 WIDE = {"xla_cpu_prefer_vector_width": 512}
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
-OPTIONS: dict[str, dict[str, int | str]] = {
+Options: TypeAlias = dict[str, dict[str, int | str | bool]]
+OPTIONS: Options = {
     "default": {},
     "wide vectors": dict(WIDE),
     "wide vectors, no YNNPACK": {**WIDE, **EIGEN},
 }
+CHOSEN = "one buffer a layer [in, out]"
 
 
 def layer(x: jax.Array, weights: tuple[jax.Array, ...], transposed: bool) -> jax.Array:
@@ -76,10 +80,14 @@ def variants(dtype: str) -> dict[str, tuple[Callable[..., jax.Array], Any, bool]
     }
 
 
-def programs(dtype: str, counts: list[int]) -> Iterator[tuple[dict[str, Any], Any, Any, Any]]:
+def programs(
+    dtype: str, counts: list[int], options: Options
+) -> Iterator[tuple[dict[str, Any], Any, Any, Any]]:
     """What is measured with its name: compiled function, rows, weights."""
     for name, (function, weights, transposed) in variants(dtype).items():
-        for option, flags in OPTIONS.items():
+        if options is not OPTIONS and name != CHOSEN:
+            continue
+        for option, flags in options.items():
             for rows in counts:
                 x = jnp.ones((rows, WIDTH), dtype)
                 jitted = jax.jit(function, static_argnums=2, compiler_options=flags)
@@ -88,9 +96,11 @@ def programs(dtype: str, counts: list[int]) -> Iterator[tuple[dict[str, Any], An
                 yield label, compiled, x, weights
 
 
-def measure(dtypes: list[str], counts: list[int], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    dtypes: list[str], counts: list[int], rounds: int, options: Options
+) -> list[dict[str, Any]]:
     """Best time of every dtype, variant, option and number of rows."""
-    measured = [program for dtype in dtypes for program in programs(dtype, counts)]
+    measured = [program for dtype in dtypes for program in programs(dtype, counts, options)]
     best = [float("inf")] * len(measured)
     for _ in range(rounds):
         for i, (_, compiled, x, weights) in enumerate(measured):
@@ -111,16 +121,32 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
+def with_flags(text: str) -> Options:
+    """What was chosen, and that with each of `a=1,b=text,c=true`, of which `+` joins several."""
+    chosen = OPTIONS["wide vectors, no YNNPACK"]
+    found: Options = {"chosen": dict(chosen)}
+    for group in text.split(","):
+        more: dict[str, int | str | bool] = {}
+        for flag in group.split("+"):
+            name, _, value = flag.partition("=")
+            known = {"true": True, "false": False}
+            more[name] = int(value) if value.isdecimal() else known.get(value, value)
+        found[group] = {**chosen, **more}
+    return found
+
+
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dtype", type=names, default=["float32"], metavar="D,D,...")
     parser.add_argument("--rows", default=ROWS, metavar="N,N,...", help=f"default: {ROWS}")
+    parser.add_argument("--flags", type=with_flags, default=OPTIONS, metavar="NAME=VALUE,...")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     bandwidth = memory_bandwidth()
-    rows = measure(args.dtype, [int(n) for n in args.rows.split(",")], args.rounds)
+    counts = [int(n) for n in args.rows.split(",")]
+    rows = measure(args.dtype, counts, args.rounds, args.flags)
     bandwidth = max(bandwidth, memory_bandwidth())
     report = {
         "hardware": environment.hardware(),

@@ -1,7 +1,7 @@
-r"""Every training-free method beside plain decoding on many prompts: the same tokens?
+r"""Every lossless method beside plain decoding on many prompts: the same tokens?
 
     python benchmarks/lossless.py --model models/smollm2-135m-instruct \
-        --prompts benchmarks/prompts/smoke.jsonl --out benchmarks/results/cpu-lossless.json
+        --prompts benchmarks/prompts/spec_bench_dev.jsonl --out benchmarks/results/cpu-lossless.json
 
 What `mtd verify` does, with plain decoding run once for all methods, in the same batches (`mtd
 verify` reads every prompt alone).
@@ -15,11 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import mtd_jax as mtd
+from mtd_jax.cli.arguments import parse_options
 from mtd_jax.cli.session import choose_method
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.requests import encode, read_prompts
 from mtd_jax.evaluation import environment
 from mtd_jax.evaluation.losslessness import LosslessReport, compare
+
+METHODS = (
+    "ngram",
+    "ngram:branches=2x2",
+    "prompt_lookup",
+    "self_speculative:drafts=3",
+    "medusa:tree=2x2x1",
+    "hidden_transfer:tree=2x2x1",
+)
+"""As in `mtd bench --methods`: `auto` where it drafts on CPUs, else drafts in every step."""
 
 
 def main() -> None:
@@ -44,22 +55,18 @@ def main() -> None:
         for p in prompts
     ]
     plain = answers(mtd.methods.autoregressive())
-    methods = {
-        "ngram": mtd.methods.ngram(),
-        "ngram:branches=2x2": mtd.methods.ngram(branches="2x2"),
-        "prompt_lookup": mtd.methods.prompt_lookup(),
-        "self_speculative:drafts=3": choose_method(
-            "self_speculative", args.skip, {"drafts": "3"}, ""
-        ).made(model),
-    }
     rows: list[dict[str, Any]] = []
-    for name, method in methods.items():
+    for label in METHODS:
+        name, *options = label.split(":")
+        heads = args.skip if name == "self_speculative" else None
+        chosen = choose_method(name, heads, parse_options(options), label)
+        method = chosen.made(model)
         done = answers(method)
         triples = zip(ids, done, plain, strict=True)
         report = LosslessReport([compare(model, *triple, method) for triple in triples]).to_dict()
         parted = [c for c in report.pop("comparisons") if not c["identical"]]
-        rows.append({"method": name, **report, "parted": parted})
-        print(name, report, flush=True)
+        rows.append({"method": label, **report, "parted": parted})
+        print(label, report, flush=True)
         _write(args.out, rows, model, args)
 
 

@@ -71,7 +71,7 @@ settings.load_profile("deterministic")
 
 @pytest.fixture(autouse=True)
 def _optimized(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests that run their programs for long are quicker with optimised ones."""
+    """Some tests are quicker with optimised programs, or are about those that users run."""
     plain = request.node.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", plain)
     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 from benchmarks.tables.results import ROOT, result_of, table
@@ -60,3 +61,31 @@ def transfer_rows() -> str:
         for row in rows
     )
     return table(head, cells)
+
+
+_OF_RANKS = {
+    "joint": "joint loss",
+    "conditional_1": "first token",
+    "conditional_2": "second, given the first",
+    "usage_entropy": "entropy of usage",
+    "mean_acceptance_length": "mean acceptance length",
+    "speedup": "vs no drafts",
+}
+
+
+def cp_ranks(*names: str) -> str:
+    """CP heads from random weights by rank: means of the seeds, and half of their range."""
+    rows = []
+    for name in names:
+        found = result_of(name)["rows"]
+        for rank in sorted({row["rank"] for row in found}):
+            seeds = [row for row in found if row["rank"] == rank]
+            cells = (_spread([row[key] for row in seeds]) for key in _OF_RANKS)
+            balance = f"{seeds[0]['balance']:g}"
+            rows.append([str(rank), balance, str(len(seeds)), *cells])
+    return table(["rank", "balance", "seeds", *_OF_RANKS.values()], rows)
+
+
+def _spread(values: list[float]) -> str:
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):.3f} ± {half:.3f}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.tables.results import result_of, table
 
 
-def layouts() -> str:
+def layouts(name: str) -> str:
     """Milliseconds by dtype, layout, options and rows."""
-    result = result_of("cpu-layouts")
+    result = result_of(name)
     counts = sorted({row["rows"] for row in result["rows"]})
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in result["rows"]:
@@ -22,7 +24,8 @@ def peers() -> str:
     """Other engines beside this one."""
     head = ["engine", "version", "tokens/s", "mtd-jax is", "tokens"]
     rows = []
-    for row in result_of("cpu-peers")["rows"]:
+    result = result_of("cpu-peers")
+    for row in result["rows"]:
         first = row["first_different_token"]
         rows.append(
             [
@@ -33,6 +36,7 @@ def peers() -> str:
                 "identical" if first is None else f"differ from {first}",
             ]
         )
+    rows += [[name, "-", "-", "-", why] for name, why in result["skipped"].items()]
     return table(head, rows)
 
 
@@ -65,8 +69,9 @@ def first_token() -> str:
 
 def drafting(name: str) -> str:
     """Drafting methods beside plain decoding."""
-    head = ["method", "batch", "tokens/s", "decode tokens/s", "vs ar", "mean acceptance length"]
-    head += ["tokens a pass", "share of bandwidth", "same tokens as ar"]
+    # Results of before say neither ranges nor speed-ups with the prompts' time.
+    head = ["method", "batch", "tokens/s", "decode tokens/s", "vs ar", "with prompts"]
+    head += ["mean acceptance length", "tokens a pass", "share of bandwidth", "same tokens as ar"]
     rows = []
     for row in result_of(name)["rows"]:
         length = row["mean_acceptance_length"]
@@ -76,7 +81,8 @@ def drafting(name: str) -> str:
                 str(row["batch_size"]),
                 f"{row['tokens_per_second']:.1f}",
                 f"{row['decode_tokens_per_second']:.1f}",
-                f"{row['speedup_vs_ar']:.2f}x",
+                _speedup(row),
+                f"{row['total_speedup_vs_ar']:.2f}x" if "total_speedup_vs_ar" in row else "-",
                 "-" if length is None else f"{length:.2f}",
                 f"{row['tokens_per_forward']:.2f}",
                 f"{row['roofline_share']:.0%}",
@@ -86,20 +92,44 @@ def drafting(name: str) -> str:
     return table(head, rows)
 
 
-def categories(name: str) -> str:
-    """Speed-ups by kind of prompt."""
-    found = [row for row in result_of(name)["rows"] if row["by_category"]]
+def gains(name: str, batch_size: int) -> str:
+    """Methods over plain decoding at one batch size: all prompts, and by kind."""
+    found = [row for row in result_of(name)["rows"] if row["batch_size"] == batch_size]
     kinds = list(found[0]["by_category"])
+    head = ["method", "vs ar", *(kind.replace("_", " ") for kind in kinds)]
+    head += ["mean acceptance length", "share of bandwidth", "same tokens as ar"]
+    rows = []
+    for row in found:
+        length = row["mean_acceptance_length"]
+        rows.append(
+            [
+                row["method"],
+                _speedup(row),
+                *(f"{row['by_category'][kind]['speedup_vs_ar']:.2f}x" for kind in kinds),
+                "-" if length is None else f"{length:.2f}",
+                f"{row['roofline_share']:.0%}",
+                "all" if row["identical_to_ar"] else "NOT ALL",
+            ]
+        )
+    return table(head, rows)
+
+
+def kinds(name: str, batch_size: int) -> str:
+    """The speed-ups by kind with the ranges of their repeats."""
+    found = [row for row in result_of(name)["rows"] if row["batch_size"] == batch_size]
+    names = list(found[0]["by_category"])
     rows = (
-        [
-            row["method"],
-            str(row["batch_size"]),
-            *(f"{row['by_category'][kind]['speedup_vs_ar']:.2f}x" for kind in kinds),
-        ]
+        [row["method"], *(_speedup(row["by_category"][kind]) for kind in names)]
         for row in found
         if row["method"] != "ar"
     )
-    return table(["method", "batch", *(kind.replace("_", " ") for kind in kinds)], rows)
+    return table(["method", *(kind.replace("_", " ") for kind in names)], rows)
+
+
+def _speedup(row: dict[str, Any]) -> str:
+    """The median of the repeats, and their range where it can be seen."""
+    low, high = (f"{ratio:.2f}" for ratio in row.get("speedup_range", (0, 0)))
+    return f"{row['speedup_vs_ar']:.2f}x" + ("" if low == high else f" ({low}-{high})")
 
 
 def verify_cost() -> str:
@@ -116,11 +146,14 @@ def verify_cost() -> str:
 
 def lossless() -> str:
     """Drafting methods and plain decoding on many prompts."""
-    head = ["method", "prompts", "tokens", "identical", "ties in rounding", "different"]
+    head = ["method", "prompts", "tokens", "drafted", "accepted"]
+    head += ["identical", "ties in rounding", "different"]
     rows = (
         [
             row["method"],
-            *(str(row[k]) for k in ("prompts", "tokens", "identical", "ties", "failed")),
+            *(str(row.get(k, "-")) for k in ("prompts", "tokens", "num_draft_tokens")),
+            str(row.get("num_accepted_draft_tokens", "-")),
+            *(str(row[k]) for k in ("identical", "ties", "failed")),
         ]
         for row in result_of("cpu-lossless")["rows"]
     )

@@ -34,17 +34,10 @@ def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     sizes = sorted({row["batch_size"] for row in rows})
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = {r["batch_size"]: r["speedup_vs_ar"] for r in rows if r["method"] == method}
-        known = [size for size in sizes if mine.get(size) is not None]
-        label = next(_label(row) for row in rows if row["method"] == method)
-        left.plot(
-            [sizes.index(s) for s in known], [mine[s] for s in known], marker="o", label=label
-        )
-    left.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
-    left.set(title="speed-up over ar", xlabel="batch size", ylabel="x", ylim=(0, None))
-    left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-    left.legend()
+    if len(sizes) == 1:
+        _draw_bars(left, rows)
+    else:
+        _draw_curves(left, rows, sizes)
 
     smallest = [row for row in drafting if row["batch_size"] == sizes[0]]
     width = 0.8 / max(len(smallest), 1)
@@ -60,6 +53,29 @@ def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if smallest:
         right.legend()
     _save(figure, path)
+
+
+def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Speed-ups at the one batch size there is, the first method on top."""
+    known = [row for row in reversed(rows) if row["speedup_vs_ar"] is not None]
+    bars = axes.barh([_label(row) for row in known], [row["speedup_vs_ar"] for row in known])
+    axes.bar_label(bars, fmt="%.2fx", padding=3)
+    axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(title=f"speed-up over ar (batch {rows[0]['batch_size']})", xlabel="x")
+    axes.margins(x=0.12)
+
+
+def _draw_curves(axes: Any, rows: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> None:
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = {r["batch_size"]: r["speedup_vs_ar"] for r in rows if r["method"] == method}
+        known = [size for size in sizes if mine.get(size) is not None]
+        label = next(_label(row) for row in rows if row["method"] == method)
+        places = [sizes.index(size) for size in known]
+        axes.plot(places, [mine[size] for size in known], marker="o", label=label)
+    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(title="speed-up over ar", xlabel="batch size", ylabel="x", ylim=(0, None))
+    axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    axes.legend()
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.errors import InputError, first_line, unknown_name
 
 Config = TypeVar("Config")
 
@@ -179,10 +179,11 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"no config at {path}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not TOML: {error}") from None
+    # Bytes that are no text and a number of over 4300 digits are ValueErrors.
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}") from None
     for change in changes:
         _apply(values, change)
     return parse_config(values)
@@ -194,6 +195,7 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
       InputError: as for `read_config`.
     """
+    _check_numbers(values)
     config = _parse(TrainConfig, values, "")
     _check(config)
     return config
@@ -213,12 +215,26 @@ def _apply(values: dict[str, Any], change: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--set {key}: {first_line(error)}") from None
     *tables, last = key.strip().split(".")
     for name in tables:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
             raise InputError(f"--set {key}: '{name}' is no table")
     values[last] = value
+
+
+def _check_numbers(value: Any, key: str = "") -> None:
+    """Whole numbers of TOML have 64 bits; Python reads longer ones, which no message could show."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f"{key} must be a 64-bit number")
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_numbers(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_numbers(inner, key)
 
 
 def _parse(kind: type[Config], values: Any, where: str) -> Config:
