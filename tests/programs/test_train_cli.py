@@ -62,7 +62,7 @@ SLIPS: dict[str, tuple[dict[str, Any], str]] = {
     "mesh axis": ({"mesh__tensor": 0}, "mesh.tensor must be at least 1"),
     "model": ({"model": "nowhere"}, "nowhere"),
     "tokenizer": ({"model": "{place}/foreign/model"}, "the tokenizer has 391 tokens, more than"),
-    "seed": ({"seed": 2**70}, "seed must be less than 2^32"),
+    "seed": ({"seed": 2**40}, "seed must be less than 2^32"),
     "out": ({"out": "{place}/empty.jsonl"}, "is no directory"),
     "prompts": ({"evaluate__prompts": "nowhere.jsonl"}, "no prompts file at nowhere.jsonl"),
 }
