@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-dmtd-tasks": training.cycles_tasks,
     "cpu-layouts": partial(speed.layouts, "cpu-layouts"),
     "cpu-layouts-bfloat16": partial(speed.layouts, "cpu-layouts-bfloat16"),
+    "cpu-flags": partial(speed.layouts, "cpu-flags"),
     "cpu-peers": speed.peers,
     "cpu-ar": speed.autoregressive,
     "cpu-first-token": speed.first_token,
