@@ -48,8 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dmtd": {"cycle": 4, "early": 1, "late": 1, "lossless": True},
 }
 UNTRAINED = ("medusa:random", "hidden_transfer:random")
-# These run what others run: other sizes to choose from, or other weights. One batch size is enough
-# for them, and bfloat16 needs none.
+# They run what others run, with other sizes or weights: at one batch size, and not in bfloat16.
 AS_OTHERS = (
     *("cp", "hidden_transfer:auto", "independent_heads", "medusa", "ngram"),
     *("self_speculative:auto", *UNTRAINED),
