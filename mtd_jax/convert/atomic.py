@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def atomic_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise _cannot_write(out, error) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
 
 
 @contextlib.contextmanager
@@ -151,6 +152,15 @@ def put_in_place(work: Path, out: Path) -> None:
     out.rename(old)
     work.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(work: Path) -> None:
+    """Tries again for a second: after one write failed, Orbax's other threads still write here."""
+    for _ in range(20):
+        shutil.rmtree(work, ignore_errors=True)
+        if not work.exists():
+            return
+        time.sleep(0.05)
 
 
 def _remove_stale(out: Path) -> None:
