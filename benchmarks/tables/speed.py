@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.tables.results import result_of, table
+from mtd_jax.evaluation.bench import speedup_text
 
 
 def layouts(name: str) -> str:
@@ -69,67 +70,61 @@ def first_token() -> str:
 
 def drafting(name: str) -> str:
     """Drafting methods beside plain decoding."""
-    # Results of before say neither ranges nor speed-ups with the prompts' time.
     head = ["method", "batch", "tokens/s", "decode tokens/s", "vs ar", "with prompts"]
-    head += ["mean acceptance length", "tokens a pass", "share of bandwidth", "same tokens as ar"]
     rows = []
     for row in result_of(name)["rows"]:
-        length = row["mean_acceptance_length"]
-        rows.append(
-            [
-                row["method"],
-                str(row["batch_size"]),
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['decode_tokens_per_second']:.1f}",
-                _speedup(row),
-                f"{row['total_speedup_vs_ar']:.2f}x" if "total_speedup_vs_ar" in row else "-",
-                "-" if length is None else f"{length:.2f}",
-                f"{row['tokens_per_forward']:.2f}",
-                f"{row['roofline_share']:.0%}",
-                "all" if row["identical_to_ar"] else "NOT ALL",
-            ]
-        )
-    return table(head, rows)
+        # Results of before do not say speed-ups with the prompts' time.
+        total = row.get("total_speedup_vs_ar")
+        speeds = [f"{row[key]:.1f}" for key in ("tokens_per_second", "decode_tokens_per_second")]
+        cells = [row["method"], str(row["batch_size"]), *speeds, _speedup(row)]
+        rows.append([*cells, speedup_text(total, None), *_drafts(row)])
+    return table([*head, *_DRAFTS], rows)
 
 
 def gains(name: str, batch_size: int) -> str:
     """Methods over plain decoding at one batch size: all prompts, and by kind."""
-    found = [row for row in result_of(name)["rows"] if row["batch_size"] == batch_size]
-    kinds = list(found[0]["by_category"])
-    head = ["method", "vs ar", *(kind.replace("_", " ") for kind in kinds)]
-    head += ["mean acceptance length", "share of bandwidth", "same tokens as ar"]
+    found, names = _by_kind(name, batch_size)
     rows = []
     for row in found:
-        length = row["mean_acceptance_length"]
-        rows.append(
-            [
-                row["method"],
-                _speedup(row),
-                *(f"{row['by_category'][kind]['speedup_vs_ar']:.2f}x" for kind in kinds),
-                "-" if length is None else f"{length:.2f}",
-                f"{row['roofline_share']:.0%}",
-                "all" if row["identical_to_ar"] else "NOT ALL",
-            ]
-        )
-    return table(head, rows)
+        ratios = [row["by_category"][kind]["speedup_vs_ar"] for kind in names]
+        shown = [speedup_text(ratio, None) for ratio in ratios]
+        rows.append([row["method"], _speedup(row), *shown, *_drafts(row)])
+    return table(["method", "vs ar", *names.values(), *_DRAFTS], rows)
 
 
 def kinds(name: str, batch_size: int) -> str:
     """The speed-ups by kind with the ranges of their repeats."""
-    found = [row for row in result_of(name)["rows"] if row["batch_size"] == batch_size]
-    names = list(found[0]["by_category"])
+    found, names = _by_kind(name, batch_size)
     rows = (
         [row["method"], *(_speedup(row["by_category"][kind]) for kind in names)]
         for row in found
         if row["method"] != "ar"
     )
-    return table(["method", *(kind.replace("_", " ") for kind in names)], rows)
+    return table(["method", *names.values()], rows)
+
+
+def _by_kind(name: str, batch_size: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of one batch size, and kinds of prompts with their headings."""
+    found = [row for row in result_of(name)["rows"] if row["batch_size"] == batch_size]
+    return found, {kind: kind.replace("_", " ") for kind in found[0]["by_category"]}
+
+
+_DRAFTS = ["mean acceptance length", "tokens a pass", "share of bandwidth", "same tokens as ar"]
+
+
+def _drafts(row: dict[str, Any]) -> list[str]:
+    """The cells of `_DRAFTS`."""
+    length = row["mean_acceptance_length"]
+    return [
+        "-" if length is None else f"{length:.2f}",
+        f"{row['tokens_per_forward']:.2f}",
+        f"{row['roofline_share']:.0%}",
+        "all" if row["identical_to_ar"] else "NOT ALL",
+    ]
 
 
 def _speedup(row: dict[str, Any]) -> str:
-    """The median of the repeats, and their range where it can be seen."""
-    low, high = (f"{ratio:.2f}" for ratio in row.get("speedup_range", (0, 0)))
-    return f"{row['speedup_vs_ar']:.2f}x" + ("" if low == high else f" ({low}-{high})")
+    return speedup_text(row["speedup_vs_ar"], row.get("speedup_range"))
 
 
 def verify_cost() -> str:

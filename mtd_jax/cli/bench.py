@@ -22,7 +22,15 @@ from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.requests import read_prompts
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment, plot, step_cost
-from mtd_jax.evaluation.bench import BASELINE, BenchResult, Row, bench, passes, to_json
+from mtd_jax.evaluation.bench import (
+    BASELINE,
+    BenchResult,
+    Row,
+    bench,
+    passes,
+    speedup_text,
+    to_json,
+)
 
 _DESCRIPTION = """\
 Measure decoding speed on your own model and prompts.
@@ -211,7 +219,7 @@ def _show(result: BenchResult, costs: Sequence[dict[str, Any]]) -> None:
             f"{row.tokens_per_second:.1f}",
             f"{row.decode_tokens_per_second:.1f}",
             f"{row.spread:.0%}",
-            _speedup(row.speedup_vs_ar, row.speedup_range),
+            speedup_text(row.speedup_vs_ar, row.speedup_range),
             "-" if length is None else f"{length:.2f}",
             f"{row.roofline_share:.0%}",
             "-" if row.identical_to_ar is None else "yes" if row.identical_to_ar else "NO",
@@ -229,14 +237,6 @@ def _show(result: BenchResult, costs: Sequence[dict[str, Any]]) -> None:
     for row in result.rows:
         for line in _warnings(row):
             console.print(line, soft_wrap=True)
-
-
-def _speedup(median: float | None, span: tuple[float, float] | None) -> str:
-    """`1.39x`, and from which to which repeat where there are several."""
-    if median is None:
-        return "-"
-    around = f" ({span[0]:.2f}-{span[1]:.2f})" if span and span[0] < span[1] else ""
-    return f"{median:.2f}x{around}"
 
 
 def _warnings(row: Row) -> list[str]:

@@ -199,6 +199,14 @@ def to_json(result: BenchResult) -> dict[str, Any]:
     return {"bandwidth_gb_s": round(result.bandwidth / 1e9, 2), "rows": rows}
 
 
+def speedup_text(median: float | None, span: Sequence[float] | None) -> str:
+    """`1.39x`, with the range of the repeats where it can be seen: `1.39x (1.35-1.42)`."""
+    if median is None:
+        return "-"
+    low, high = (f"{ratio:.2f}" for ratio in span or (median, median))
+    return f"{median:.2f}x" + ("" if low == high else f" ({low}-{high})")
+
+
 def _row(
     label: str,
     method: Method,

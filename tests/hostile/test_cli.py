@@ -9,6 +9,7 @@ import pytest
 
 from mtd_jax.cli.main import main
 from tests.support.checkpoints import hf_config, write_hf
+from tests.support.command_line import one_line
 from tests.support.tokenizers import byte_level
 
 
@@ -21,11 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("mtd: error: ")
-    assert captured.err.count("\n") == 1, captured.err
-    return captured.err
+    return one_line(capsys)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from mtd_jax.convert.hf_config import config_from_hf
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.rope import attention_scale, inverse_frequencies, rotary
 from tests.support.checkpoints import hf_config, hf_tensors
+from tests.support.command_line import one_line
 from tests.support.gguf_files import write_gguf
 
 NUMBERS: list[Any] = [-(10**400), -1, 0, 1, 2, 3, 2**33, 10**11, 10**400]
@@ -187,14 +188,6 @@ def test_an_end_token_that_is_a_list(
         capsys.readouterr()
         assert main(["inspect", str(path)]) == 2
         assert "special token id [" in one_line(capsys)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("mtd: error: ")
-    assert captured.err.count("\n") == 1, captured.err
-    return captured.err
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 _RUNNER = """
 import contextlib, io, json, sys
 from mtd_jax.cli.main import main
@@ -38,6 +40,15 @@ def environment(devices: int = 1) -> dict[str, str]:
     kept = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count)]
     flags = " ".join([*kept, f"{count}{devices}"])
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path.rstrip(os.pathsep)}
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What `main` said in this process: one line that names an error, and nothing else."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mtd: error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
 
 
 def run_commands(commands: Sequence[Sequence[str | Path]], timeout: float = 900) -> list[Outcome]:
