@@ -36,7 +36,7 @@ num_layers = 3
 num_heads = 8
 num_kv_heads = 4
 head_dim = 128
-max_position = 4096
+max_position = 65536
 tie_embeddings = {tied}
 """
 
@@ -82,33 +82,31 @@ def check(program: dict[str, Any], report: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("topology", "mesh", "decoding"),
+    ("topology", "mesh", "methods", "decoding"),
     [
         # Keys and values of all rows are 19 GB: more than one of the chips has.
-        ("v5e:2x4", {"fsdp": 4}, ("--decode-batch", "768", "--decode-length", "4096")),
+        ("v5e:2x4", {"fsdp": 4}, "ar", ("--decode-batch", "48", "--decode-length", "65536")),
         # Eight is no direction of this torus, nor several.
         (
             "v5p:4x4x4",
             {"data": 8, "fsdp": 4, "tensor": 2, "tied": False},
+            "ar,ngram",
             ("--decode-mesh", "data=8,tensor=8", "--decode-length", "512"),
         ),
     ],
     ids=["v5e", "v5p"],
 )
 def test_training_and_decoding_compile(
-    topology: str, mesh: Any, decoding: tuple[str, ...], tmp_path: Path
+    topology: str, mesh: Any, methods: str, decoding: tuple[str, ...], tmp_path: Path
 ) -> None:
     out = tmp_path / "report.json"
     config = small(tmp_path, **mesh)
-    mtd_compile(config, "--topology", topology, *decoding, "--out", str(out))
+    where = ("--topology", topology, "--methods", methods)
+    mtd_compile(config, *where, *decoding, "--out", str(out))
     report = json.loads(out.read_text(encoding="utf-8"))
     names = [program["name"] for program in report["programs"]]
-    assert names == [
-        "train step",
-        "read 512 prompt tokens",
-        "decode step, ar",
-        "decode step, ngram",
-    ]
+    decoded = [f"decode step, {method}" for method in methods.split(",")]
+    assert names == ["train step", "read 512 prompt tokens", *decoded]
     for program in report["programs"]:
         check(program, report)
     step = report["programs"][0]

@@ -27,18 +27,19 @@ from tests.support.training import (
     make_run,
     write_config,
     write_model,
+    write_place,
     write_texts,
 )
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS = 24
 # Large enough that a save takes a moment in which it can be interrupted.
 SIZES = {"hidden_size": 192, "intermediate_size": 768, "num_layers": 6, "head_dim": 24}
 CHANGES: dict[str, Any] = {
     "optimizer__steps": STEPS,
     "checkpoint__every": 4,
-    "evaluate__every": 4,
+    "evaluate__every": 12,
     "log__every": 1,
     "data__batch_size": 4,
 }
@@ -190,6 +191,28 @@ def _together(
     ]
 
 
+def _few(place: Path) -> dict[str, Any]:
+    return {
+        "optimizer__steps": 8,
+        "evaluate__every": 4,
+        "evaluate__prompts": str(place / "prompts.jsonl"),
+        "evaluate__new_tokens": 8,
+    }
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing is killed here: the sizes may be small."""
+    return write_place(tmp_path_factory.mktemp("together"))
+
+
+@pytest.fixture(scope="module")
+def single(small: Path) -> list[dict[str, float]]:
+    """The log of a run on one device."""
+    _ended(_start(small, small / "single", **_few(small)))
+    return log_of(small / "single")
+
+
 @pytest.mark.parametrize(
     ("devices", "mesh"),
     [
@@ -199,34 +222,29 @@ def _together(
         pytest.param(2, {"mesh__data": 1, "mesh__fsdp": 2, "mesh__slices": 2}, id="slices"),
     ],
 )
-def test_two_processes_train_as_one(place: Path, devices: int, mesh: dict[str, Any]) -> None:
+def test_two_processes_train_as_one(
+    small: Path, single: list[dict[str, float]], devices: int, mesh: dict[str, Any]
+) -> None:
     """To the bit as one process with two devices, and to 1e-5 relative as one device.
 
     A sum over several devices is added in another order than on one (float32), and one over slices
     of several processes in another than over slices of one.
     """
-    (place / "prompts.jsonl").write_text('{"prompt": "the fox"}\n' * 3, encoding="utf-8")
-    few: dict[str, Any] = {
-        "optimizer__steps": 8,
-        "evaluate__every": 4,
-        "evaluate__prompts": str(place / "prompts.jsonl"),
-        "evaluate__new_tokens": 8,
-    }
-    outs = {name: place / f"{name}-{len(mesh)}" for name in ("two", "one", "single")}
-    for process in _together(place, outs["two"], devices, **few, **mesh):
+    few = _few(small)
+    outs = {name: small / f"{name}-{len(mesh)}" for name in ("two", "one")}
+    for process in _together(small, outs["two"], devices, **few, **mesh):
         _ended(process)
     here = command_line.environment(devices=2 * devices)
-    _ended(_start(place, outs["one"], environment=here, **few, **{"mesh__data": 0, **mesh}))
-    _ended(_start(place, outs["single"], **few))
+    _ended(_start(small, outs["one"], environment=here, **few, **{"mesh__data": 0, **mesh}))
     logs = {name: log_of(out) for name, out in outs.items()}
     assert any("held_out_decoded_as_before" in line for line in logs["two"])
-    for other in ("one", "single"):
-        np.testing.assert_allclose(losses(logs["two"]), losses(logs[other]), rtol=1e-5)
+    for other in (logs["one"], single):
+        np.testing.assert_allclose(losses(logs["two"]), losses(other), rtol=1e-5)
     if devices > 1:
         return
     assert logs["two"] == logs["one"]
     # Restored by one process on one device.
-    finals = {name: _final(place, outs[name], 8) for name in ("two", "one")}
+    finals = {name: _final(small, outs[name], 8) for name in ("two", "one")}
     assert_same_bits(finals["two"][0], finals["one"][0])
     assert finals["two"][1] == finals["one"][1]
     models = [read_info(outs[name] / "model").fingerprint for name in ("two", "one")]

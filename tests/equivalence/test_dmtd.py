@@ -206,8 +206,7 @@ def test_documents_of_a_row_do_not_see_each_other(anchor: Anchor) -> None:
     np.testing.assert_allclose(hidden, np.concatenate(alone), atol=1e-4)
 
 
-@pytest.mark.parametrize("anchor", ["prompt", "sequence"])
-@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize(("anchor", "lossless"), [("prompt", False), ("sequence", True)])
 def test_rows_of_a_batch_have_their_own_cycles(anchor: Anchor, lossless: bool) -> None:
     method: Any = methods.dmtd(cycle=4, early=1, late=2, anchor=anchor, lossless=lossless)
     wanted = [2, 4, 1, 3, None]

@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dmtd": {"cycle": 4, "early": 1, "late": 1, "lossless": True},
 }
 UNTRAINED = ("medusa:random", "hidden_transfer:random")
-# They run what others run, with other sizes or weights: at one batch size, and not in bfloat16.
+# They run what others run, with other sizes or weights: at one batch size.
 AS_OTHERS = (
     *("cp", "hidden_transfer:auto", "independent_heads", "medusa", "ngram"),
     *("self_speculative:auto", *UNTRAINED),
@@ -284,9 +284,8 @@ def test_a_method_is_plain_decoding(label: str, batch_size: int) -> None:
             assert clock.compilations == 0, check.__name__
 
 
-GROWING = (
+OF_EACH_KIND = (
     "cp:tree",
-    "dmtd:lossy",
     "hidden_transfer:all",
     "independent_heads:tree",
     "medusa:tree",
@@ -308,7 +307,7 @@ def _long_answers() -> list[Completion]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", GROWING)
+@pytest.mark.parametrize("label", ["dmtd:lossy", *OF_EACH_KIND])
 def test_answers_that_outgrow_their_cache(label: str) -> None:
     """Over both edges between sizes and up to the context's end; one program for every size."""
     lossy = label == "dmtd:lossy"
@@ -390,7 +389,7 @@ def test_typical_acceptance_is_greedy_at_temperature_zero_and_marked_lossy() -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", [label for label in METHODS if label not in AS_OTHERS])
+@pytest.mark.parametrize("label", ["dmtd", *OF_EACH_KIND])
 def test_bfloat16_parts_at_ties_only(label: str) -> None:
     """One unit in the last place of a logit is allowed, because more rows round differently."""
     rounded = partial(jax.tree.map, lambda w: w.astype(jnp.bfloat16))
