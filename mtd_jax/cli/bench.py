@@ -45,9 +45,12 @@ ratios to ar within a repeat. The roofline share says how close a speed comes to
 from memory once a step. A method's options follow its name behind colons. Methods that choose their
 number of drafts (drafts=auto, the default of ngram and prompt_lookup) choose by step costs measured
 on this machine, which are kept for the next run; --auto measures them anew and shows them.
+The method ar:again is plain decoding once more: its speed-up is what noise looks like here.
 """
 _DEFAULT_NEW_TOKENS = 128
 _FILE_WIDTH = 150
+_CONTROL = f"{BASELINE}:again"
+"""The same method under another label: what differs then is noise."""
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
@@ -181,7 +184,7 @@ def _choices(text: str, heads: Sequence[str]) -> list[Choice]:
         raise InputError("--heads names one method twice")
     choices = []
     for label in labels:
-        name, *options = label.split(":")
+        name, *options = (BASELINE if label == _CONTROL else label).split(":")
         directory = by_method.get(name)
         given = arguments.parse_options(options)
         choices.append(choose_method(name, directory, given, label))

@@ -110,6 +110,21 @@ def test_bench_compares_methods_and_draws(
     ]
 
 
+def test_bench_shows_its_noise(
+    model: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same program under two labels."""
+    argv = ("bench", "--model", str(model), "--prompts", prompts, "--repeats", "2", *NEW_TOKENS)
+    plain, again = _json(capsys, *argv, "--methods", "ar,ar:again")["rows"]
+    assert (plain["method"], again["method"]) == ("ar", "ar:again")
+    assert plain["speedup_vs_ar"] == 1.0
+    assert again["speedup_vs_ar"] not in (None, 1.0)
+    assert again["identical_to_ar"] is True
+    assert again["compile_seconds"] == 0.0
+    assert main([*argv, "--methods", "ar,ngram:again"]) == 2
+    assert "KEY=VALUE" in capsys.readouterr().err
+
+
 def test_bench_says_plainly_what_is_slower(
     model: Path, prompts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
