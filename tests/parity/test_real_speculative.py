@@ -30,7 +30,11 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def model() -> mtd.LanguageModel:
-    """Layers as one scan, which compiles faster than as `load` lays them out."""
+    """Layers as one scan, which compiles faster than as `load` lays them out.
+
+    As a user has them they are decoded in test_real_model.py and, with drafts, by
+    benchmarks/lossless.py.
+    """
     return load_as_stored(model_directory())
 
 
@@ -39,8 +43,6 @@ def test_tokens_are_those_of_plain_decoding(model: mtd.LanguageModel, name: str)
     """The floor is what is seen now, less a margin: acceptance that breaks down fails here."""
     method: Any
     method, floor = METHODS[name]
-    if name == "tree":  # as a user has it
-        model = mtd.load(model_directory())
     report = verify(model, method, PROMPTS, max_new_tokens=40, batch_size=3)
     assert report.passed, report.to_dict()
     done = mtd.generate(model, method, PROMPTS[:2], max_new_tokens=40, batch_size=3)
