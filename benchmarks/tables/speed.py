@@ -93,14 +93,14 @@ def gains(name: str, batch_size: int) -> str:
 
 
 def kinds(name: str, batch_size: int) -> str:
-    """The speed-ups by kind with the ranges of their repeats."""
+    """The speed-ups over all prompts and by kind, with the ranges of their repeats."""
     found, names = _by_kind(name, batch_size)
     rows = (
-        [row["method"], *(_speedup(row["by_category"][kind]) for kind in names)]
+        [row["method"], _speedup(row), *(_speedup(row["by_category"][kind]) for kind in names)]
         for row in found
         if row["method"] != "ar"
     )
-    return table(["method", *names.values()], rows)
+    return table(["method", "all", *names.values()], rows)
 
 
 def _by_kind(name: str, batch_size: int) -> tuple[list[dict[str, Any]], dict[str, str]]:

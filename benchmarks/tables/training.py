@@ -26,6 +26,19 @@ def _sums(parts: list[dict[str, Any]]) -> list[str]:
     return [f"{sum(part.get(name, 0) for part in parts):,}" for name in names]
 
 
+def answering() -> str:
+    """Tokens a second of `mtd distill-data` by batch size, and what ended rows cost."""
+    rows = result_of("cpu-answering")["rows"]
+    first = rows[0]["tokens_per_second"]
+    cells = {
+        "over a batch of 1": [f"{row['tokens_per_second'] / first:.2f}x" for row in rows],
+        "time for prompts": [f"{row['prompt_seconds'] / row['seconds']:.0%}" for row in rows],
+        "rows at work": [f"{row['rows_at_work']:.0%}" for row in rows],
+    }
+    head = ["batch", *(str(row["batch_size"]) for row in rows)]
+    return table(head, [[name, *values] for name, values in cells.items()])
+
+
 def fine_tuning() -> str:
     """Held-out loss by step."""
     head = ["steps", "held-out loss", "held-out accuracy", "answers as before training"]
