@@ -66,8 +66,8 @@ def reads_prompts_alone() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def release_programs() -> bool:
-    """Forgets all compiled programs if the process comes near the limit of its memory maps.
+def release_programs(share: float = _MAPS_SHARE) -> bool:
+    """Forgets all compiled programs if the process has that share of the memory maps it may have.
 
     XLA for CPU maps the code of every kernel apart, 1,500 to 3,500 maps for a program of thirty
     layers, and the kernel ends a process that asks for more than `vm.max_map_count` (65,530). What
@@ -80,7 +80,7 @@ def release_programs() -> bool:
         maps = Path("/proc/self/maps").read_bytes().count(b"\n")
     except (OSError, ValueError):  # another system, without that limit
         return False
-    if maps < _MAPS_SHARE * limit:
+    if maps < share * limit:
         return False
     jax.clear_caches()
     return True
