@@ -34,6 +34,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-transfer-rows": heads.transfer_rows,
     "cpu-cp-ranks": partial(heads.cp_ranks, "cpu-cp-ranks", "cpu-cp-balance"),
     "corpus": training.corpus,
+    "cpu-answering": training.answering,
     "cpu-dmtd-tasks": training.cycles_tasks,
     "cpu-layouts": partial(speed.layouts, "cpu-layouts"),
     "cpu-layouts-bfloat16": partial(speed.layouts, "cpu-layouts-bfloat16"),
