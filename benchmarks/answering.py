@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mtd_jax as mtd
+from benchmarks.shapes import whole_numbers
 from mtd_jax.cli.page import make_parser, run
 from mtd_jax.cli.session import use_compilation_cache
 from mtd_jax.convert.atomic import write_file
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=32, help="prompts (default: 32)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--batch-sizes", type=_sizes, default=[1, 4, 8, 16, 32])
+    parser.add_argument("--batch-sizes", type=whole_numbers, default=[1, 4, 8, 16, 32])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     use_compilation_cache()
@@ -55,25 +56,19 @@ def main() -> None:
     write_file(args.out, json.dumps(result, indent=2) + "\n")
 
 
-def _sizes(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _row(model: mtd.LanguageModel, plan: Plan, size: int) -> dict[str, Any]:
     method = mtd.methods.autoregressive()
-    tokens, places, seconds, reading = 0, 0, 0.0, 0.0
+    parts, places = [], 0
     for batch in batches(plan.tasks, size):
         lines, metrics = answer(model, method, batch, size, lambda _: None)
-        lengths = [len(line["token_ids"]) - line["prompt_tokens"] for line in lines]
-        tokens += sum(lengths)
-        places += size * max(lengths)
-        seconds += metrics.seconds
-        reading += metrics.prompt_seconds
+        parts.append(metrics)
+        places += size * max(len(line["token_ids"]) - line["prompt_tokens"] for line in lines)
+    tokens, seconds = (sum(getattr(m, name) for m in parts) for name in ("tokens", "seconds"))
     return {
         "batch_size": size,
         "tokens": tokens,
         "seconds": round(seconds, 2),
-        "prompt_seconds": round(reading, 2),
+        "prompt_seconds": round(sum(m.prompt_seconds for m in parts), 2),
         "tokens_per_second": round(tokens / seconds, 2),
         "rows_at_work": round(tokens / places, 3),
     }

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import mtd_jax as mtd
+from benchmarks.shapes import whole_numbers
 from mtd_jax import Prompt, methods
 from mtd_jax.cli.page import make_parser, run
 from mtd_jax.cli.session import use_compilation_cache
@@ -44,8 +45,8 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("config", help="of `mtd train`, for cp")
     parser.add_argument("--shape", type=Path, required=True)
-    parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4, 8])
-    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2])
+    parser.add_argument("--ranks", type=whole_numbers, default=[1, 2, 4, 8])
+    parser.add_argument("--seeds", type=whole_numbers, default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--work", type=Path, required=True, help="directory of the runs")
@@ -66,10 +67,6 @@ def main() -> None:
         write_file(args.out, json.dumps(result, indent=1) + "\n")
     if args.plot is not None:
         plot.plot_ranks(rows, args.plot)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _row(args: argparse.Namespace, seed: int, rank: int) -> dict[str, Any]:

@@ -243,9 +243,11 @@ def _show(result: BenchResult, costs: Sequence[dict[str, Any]]) -> None:
 
 
 def _warnings(row: Row) -> list[str]:
-    """What must not be overlooked, in words."""
+    """What must not be overlooked, in words; of the baseline, once or again, there is nothing."""
+    if row.method.partition(":")[0] == BASELINE:
+        return []
     lines = []
-    if row.lossless and row.method.partition(":")[0] != BASELINE and not row.metrics.drafted:
+    if row.lossless and not row.metrics.drafted:
         lines.append(
             f"{row.method} at batch {row.batch_size} drafted nothing, so it was plain decoding: no "
             "guess was worth what steps of several rows cost here"

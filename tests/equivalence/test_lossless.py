@@ -268,9 +268,10 @@ OF_EACH_KIND = (
 @pytest.mark.parametrize(
     ("label", "batch_size"),
     [
-        pytest.param(label, size, marks=() if fast and size == 3 else pytest.mark.slow)
+        pytest.param(
+            label, size, marks=() if label in OF_EACH_KIND and size == 3 else pytest.mark.slow
+        )
         for label in METHODS
-        for fast in (label in OF_EACH_KIND,)
         for size in ((3,) if label in AS_OTHERS else (1, 3, 8))
     ],
 )

@@ -9,7 +9,7 @@ holds every pair of values.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def _representative() -> tuple[hf.Variant, ...]:
     return tuple(product[i] for i in hf.pairwise(names))
 
 
-def _params(few: tuple[hf.Variant, ...], others: list[hf.Variant]) -> list[Any]:
+def _params(few: Sequence[hf.Variant], others: Sequence[hf.Variant] = ()) -> list[Any]:
     # `load` lays weights out for decoding; as they are stored, layers are one scan that compiles
     # faster. One of each family is compiled as for a user.
     whole = {v.family: v for v in few}.values()
@@ -115,7 +115,7 @@ def test_decoding_against_the_cache_gives_the_tokens_of_transformers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "load"), _params((*_representative(), *hf.EXTRAS), []))
+@pytest.mark.parametrize(("variant", "load"), _params((*_representative(), *hf.EXTRAS)))
 def test_bfloat16_diverges_little(
     tmp_path: Path,
     variant: hf.Variant,
