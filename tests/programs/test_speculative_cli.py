@@ -99,7 +99,9 @@ def test_bench_compares_methods_and_draws(
         histograms = [request["acceptance_histogram"] for request in row["requests"]]
         assert sum(map(sum, histograms)) == row["num_spec_steps"]
         assert row["verdict"] in ("faster", "as fast", "slower")
-        assert (row["mean_acceptance_length"] is None) == (row["method"] == "ar")
+        # With `auto` it is a matter of measured times whether anything is drafted.
+        assert row["num_draft_tokens"] > 0 or row["method"] in ("ar", "prompt_lookup")
+        assert (row["mean_acceptance_length"] is None) == (row["num_draft_tokens"] == 0)
     assert rows[0]["speedup_vs_ar"] == 1.0
     assert rows[0]["by_category"].keys() == {"copy", "other"}
     assert rows[0]["by_category"]["copy"]["prompts"] == 2
