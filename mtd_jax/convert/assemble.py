@@ -40,6 +40,10 @@ class Piece:
         """The tensor's name in the file."""
         return self.key.format(layer)
 
+    def names(self, config: ModelConfig) -> list[str]:
+        """Its tensors: one, or one a layer."""
+        return [self.name(layer) for layer in range(config.num_layers if self.stacked else 1)]
+
 
 def plan(config: ModelConfig, rules: Sequence[TensorRule]) -> dict[str, tuple[Piece, ...]]:
     """For the path of every leaf of the model, the tensors that fill it."""
@@ -99,10 +103,10 @@ def check_tensors(
         those that the source itself has something against.
     """
     needed = {
-        piece.name(layer): piece.layout.file_shape
+        name: piece.layout.file_shape
         for pieces in leaves.values()
         for piece in pieces
-        for layer in range(config.num_layers if piece.stacked else 1)
+        for name in piece.names(config)
     }
     there = set(source.names())
     extra = [f"'{name[:200]}'" for name in there - needed.keys() if not is_harmless(name)]
@@ -127,9 +131,21 @@ def check_tensors(
         raise InputError("the weights do not fit the config; " + "; ".join(found))
 
 
-def stored_dtype(source: TensorSource, leaves: Mapping[str, Sequence[Piece]]) -> np.dtype:
+def stored_dtype(
+    config: ModelConfig,
+    source: TensorSource,
+    leaves: Mapping[str, Sequence[Piece]],
+    *,
+    matrices_only: bool = False,
+) -> np.dtype:
     """The one dtype of all weights, or float32, which holds every value of the others."""
-    found = {source.dtype(p.name(0)) for pieces in leaves.values() for p in pieces}
+    found = {
+        source.dtype(name)
+        for pieces in leaves.values()
+        for piece in pieces
+        if len(piece.layout.file_shape) > 1 or not matrices_only
+        for name in piece.names(config)
+    }
     return found.pop() if len(found) == 1 else FLOATS["float32"]
 
 
@@ -146,14 +162,12 @@ def assemble(
     memory holds a few MB of one tensor, and one shard where a device has memory of its own.
 
     Raises:
-      InputError: a weight is NaN or infinite.
+      InputError: a weight is NaN or infinite, or too large for `dtype`.
     """
     declared = declare(config)
     placed = leaf_shardings(declared, mesh)
     values = []
-    steps = sum(
-        config.num_layers if piece.stacked else 1 for pieces in leaves.values() for piece in pieces
-    )
+    steps = sum(len(piece.names(config)) for pieces in leaves.values() for piece in pieces)
     with progress("reading weights", steps) as advance:
         for (path, weight), sharding in zip(leaf_paths(declared), placed, strict=True):
             read = _reader(source, leaves[path], dtype, advance)
@@ -230,6 +244,11 @@ def _fill(source: TensorSource, piece: Piece, layer: int, target: np.ndarray, in
     def fetch(wanted: Index) -> np.ndarray:
         values = source.read(name, wanted)
         check_finite(values, f"{source.place(name)}: tensor '{name}'")
+        if values.dtype == target.dtype:
+            return values
+        with np.errstate(over="ignore"):
+            values = values.astype(target.dtype)
+        check_finite(values, f"{source.place(name)}: tensor '{name}' as {target.dtype.name}")
         return values
 
     own = slice(first - piece.start, last - piece.start)

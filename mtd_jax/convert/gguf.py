@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtd_jax.config import ModelConfig, RopeConfig
-from mtd_jax.convert.assemble import assemble, check_tensors, plan
+from mtd_jax.convert.assemble import assemble, check_tensors, plan, stored_dtype
 from mtd_jax.convert.families import FAMILIES, Family, gguf_tensors
 from mtd_jax.convert.gguf_header import check_header
 from mtd_jax.convert.gguf_tokenizer import read_tokenizer as tokenizer_of
@@ -26,6 +27,22 @@ from mtd_jax.transformer.model import Parameters
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _ROPE_KINDS = {"none": "default", "linear": "linear", "yarn": "yarn"}
+# What changes a model's arithmetic and is not read, and the values at which it changes nothing.
+_REFUSED: dict[str, tuple[float, ...]] = {
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
 
 
 class GGUFFile:
@@ -148,7 +165,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
     """The model that the metadata describe.
 
     Raises:
-      InputError: an architecture that is not known, or values that make no model.
+      InputError: an architecture that is not known, a feature that is not there, or values that
+        make no model.
     """
     values = file.metadata
     name, family = _family_of(values)
@@ -160,6 +178,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
             raise InputError(f"{file.path.name} lacks the key '{arch}.{key}'")
         return value
 
+    _refuse_unread(file, str(arch))
     heads, hidden = get("attention.head_count"), get("embedding_length")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         raise InputError(f"{file.path.name}: head count or embedding length is no number")
@@ -201,7 +220,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
 def read_parameters(
     file: GGUFFile, dtype: np.dtype | None = None, mesh: Mesh | None = None
 ) -> Parameters:
-    """The parameters, dequantised; float32 unless `dtype` says otherwise.
+    """The parameters, dequantised to `dtype`; None: the 16-bit type of all matrices, or float32.
 
     Raises:
       InputError: missing, extra or wrongly shaped tensors (all are named), or NaN.
@@ -209,14 +228,8 @@ def read_parameters(
     config = read_config(file)
     leaves = plan(config, gguf_tensors(FAMILIES[config.family]))
     check_tensors(config, file, leaves, lambda name: name == _ROPE_FACTORS)
-    if dtype is None:
-        types = {
-            file.dtype(p.name(0))
-            for ps in leaves.values()
-            for p in ps
-            if len(p.layout.file_shape) > 1
-        }
-        dtype = types.pop() if len(types) == 1 else FLOATS["float32"]
+    if dtype is None:  # writers keep norms in float32, whatever the matrices are
+        dtype = stored_dtype(config, file, leaves, matrices_only=True)
     return assemble(config, file, leaves, dtype, mesh)
 
 
@@ -231,6 +244,17 @@ def _family_of(values: Mapping[str, Any]) -> tuple[str, Family]:
     if arch not in known:
         raise unknown_name("GGUF architecture", arch[:60], known)
     return known[arch], FAMILIES[known[arch]]
+
+
+def _refuse_unread(file: GGUFFile, arch: str) -> None:
+    values = file.metadata
+    for key, harmless in _REFUSED.items():
+        if (value := values.get(f"{arch}.{key}", harmless[0])) not in harmless:
+            raise InputError(f"{file.path.name}: {arch}.{key} = {str(value)[:60]} is not supported")
+    window = values.get(f"{arch}.attention.sliding_window") or math.inf
+    context = values.get(f"{arch}.context_length", 0)
+    if not (isinstance(window, int | float) and isinstance(context, int) and window >= context):
+        raise InputError(f"{file.path.name}: sliding windows of GGUF files are not supported")
 
 
 def _rope(file: GGUFFile, get: Any, head_dim: int) -> RopeConfig:
@@ -249,6 +273,8 @@ def _rope(file: GGUFFile, get: Any, head_dim: int) -> RopeConfig:
         theta=theta,
         factor=factor,
         original_max_position=original if kind == "yarn" else None,
+        beta_fast=_shortest(get("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=_shortest(get("rope.scaling.yarn_beta_slow", 1.0)),
     )
 
 

@@ -77,7 +77,7 @@ def read_parameters(
     check_tensors(config, files, leaves, is_harmless(config))
     if config.tie_embeddings and _HEAD in files.names():
         _check_tied(files)
-    return assemble(config, files, leaves, dtype or stored_dtype(files, leaves), mesh)
+    return assemble(config, files, leaves, dtype or stored_dtype(config, files, leaves), mesh)
 
 
 def is_harmless(config: ModelConfig) -> Callable[[str], bool]:

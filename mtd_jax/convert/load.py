@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mtd_jax.config import ModelConfig
 from mtd_jax.convert import gguf, huggingface, native
 from mtd_jax.convert.fingerprint import fingerprint
-from mtd_jax.convert.safetensors_files import open_safetensors
+from mtd_jax.convert.safetensors_files import open_safetensors, refuse_pickles
 from mtd_jax.convert.tensor_source import FLOATS
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.errors import InputError, nearest, unknown_name
@@ -36,7 +36,7 @@ def load(
       InputError: nothing there that can be loaded, or it is damaged.
     """
     if dtype is not None and dtype not in FLOATS:
-        raise unknown_name("dtype", dtype, FLOATS)
+        raise unknown_name("dtype", str(dtype), FLOATS)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     model = load_as_stored(path, dtype=dtype, mesh=mesh)
@@ -83,6 +83,7 @@ def locate(path: Path) -> tuple[str, Path]:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"no such file or directory: {path}{nearest(path.name, siblings)}")
     if path.is_file():
+        refuse_pickles(path)
         if path.suffix != ".gguf":
             raise InputError(f"{path} is no .gguf file; give the directory of other checkpoints")
         return "gguf", path
@@ -93,6 +94,7 @@ def locate(path: Path) -> tuple[str, Path]:
         raise InputError(f"{path} holds {len(ggufs)} .gguf files: name one of them")
     if ggufs:
         return "gguf", ggufs[0]
+    refuse_pickles(path)
     raise InputError(f"{path} holds neither a config.json nor a .gguf file")
 
 

@@ -32,7 +32,7 @@ _ITEM_SIZES = {
 }
 _FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TWICE = "duplicated tensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +119,25 @@ def open_safetensors(directory: Path) -> SafetensorsFiles:
         return SafetensorsFiles(read_header(file_inside(directory, SINGLE_NAME)))
     files = sorted(p.name for p in directory.glob("*.safetensors"))
     if not files:
-        pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
-        if pickles:
-            raise InputError(
-                f"{directory} holds only pickled weights ({pickles[0]}), which can run code when "
-                "they are read; convert them to safetensors first"
-            )
+        refuse_pickles(directory)
         raise InputError(f"{directory} holds no .safetensors file")
     entries, twice = _merge(directory, files)
     return SafetensorsFiles(entries, {_TWICE: twice})
+
+
+def refuse_pickles(path: Path) -> None:
+    """Says what to do about a pickle, or a directory that holds some, where no weights were found.
+
+    Raises:
+      InputError: there are pickles.
+    """
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in files:
+        if file.suffix in _PICKLES:
+            raise InputError(
+                f"{path} holds only pickled weights ({file.name}), which can run code when "
+                "they are read; convert them to safetensors first"
+            )
 
 
 def read_header(file: Path) -> dict[str, Entry]:

@@ -73,7 +73,7 @@ def _huggingface_dtype(directory: Path, config: ModelConfig) -> str:
     files = open_safetensors(directory)
     leaves = plan(config, HF_TENSORS)
     check_tensors(config, files, leaves, huggingface.is_harmless(config))
-    return stored_dtype(files, leaves).name
+    return stored_dtype(config, files, leaves).name
 
 
 def _size(place: Path, kind: str) -> int | None:

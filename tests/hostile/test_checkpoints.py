@@ -210,10 +210,14 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
         load(directory)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "w.pkl"])
 def test_pickles_are_never_read(tmp_path: Path, name: str) -> None:
     directory = write_hf(tmp_path)
     (directory / SINGLE).rename(directory / name)
+    for path in (directory, directory / name):
+        with pytest.raises(InputError, match=r"pickled weights .* convert them to safetensors"):
+            load(path)
+    (directory / "config.json").unlink()
     with pytest.raises(InputError, match=r"pickled weights .* convert them to safetensors"):
         load(directory)
 

@@ -88,7 +88,9 @@ def write_gguf(
             values = permute(values, config["num_attention_heads"])
         if arch == "llama" and ".k_proj." in name:
             values = permute(values, config["num_key_value_heads"])
-        if quantized is not None and values.ndim > 1:
+        if values.dtype == np.float16 and values.ndim > 1:
+            writer.add_tensor(gguf_name(name), values)
+        elif quantized is not None and values.ndim > 1:
             kind = gguf.GGMLQuantizationType[quantized]
             if values.dtype == np.float32:
                 values = gguf.quants.quantize(values, kind)

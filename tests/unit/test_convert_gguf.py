@@ -97,6 +97,48 @@ def test_float16_stays_if_nothing_is_quantised(tmp_path: Path) -> None:
     assert str(load_as_stored(path, dtype="float32").params.embedding.dtype) == "float32"
 
 
+def test_matrices_of_several_types_lose_nothing(tmp_path: Path) -> None:
+    config = hf_config("qwen2")
+    tensors = hf_tensors(config)
+    up = tensors["model.layers.1.mlp.up_proj.weight"]
+    up /= 3
+    halves = {n: x.astype(np.float16) for n, x in tensors.items() if "layers.1." not in n}
+    path = write_gguf(tmp_path / "m.gguf", config, tensors | halves, arch="qwen2")
+    params: Any = load_as_stored(path).params
+    assert str(params.embedding.dtype) == "float32"
+    np.testing.assert_array_equal(params.blocks.gate_up[1][:, 1], up.T)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.sliding_window", 8),
+        ("attention.sliding_window", "8"),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("logit_scale", 0.5),
+        ("rope.scale_linear", 4.0),
+        ("rope.scaling.attn_factor", 1.2),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+    ],
+)
+def test_what_would_change_the_arithmetic_is_refused(
+    tmp_path: Path, key: str, value: float | str
+) -> None:
+    config = hf_config()
+    extra = {f"llama.{key}": value}
+    path = write_gguf(tmp_path / "m.gguf", config, hf_tensors(config), extra=extra)
+    with pytest.raises(InputError, match=r"not supported"):
+        read_config(open_gguf(path))
+
+
+def test_a_window_as_long_as_the_context_changes_nothing(tmp_path: Path) -> None:
+    config = hf_config()
+    extra = {"llama.attention.sliding_window": config["max_position_embeddings"]}
+    path = write_gguf(tmp_path / "m.gguf", config, hf_tensors(config), extra=extra)
+    assert read_config(open_gguf(path)).sliding_windows is None
+
+
 def test_llama3_frequencies_are_recognised(tmp_path: Path) -> None:
     rope = RopeConfig(kind="llama3", theta=500_000.0, factor=32.0, original_max_position=8192)
     plain = RopeConfig(theta=500_000.0)
@@ -131,6 +173,17 @@ def test_llama3_frequencies_are_recognised(tmp_path: Path) -> None:
                 "llama.rope.scaling.original_context_length": 64,
             },
             RopeConfig(kind="yarn", factor=4.0, original_max_position=64),
+        ),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_beta_fast": 16.0,
+                "llama.rope.scaling.yarn_beta_slow": 2.0,
+            },
+            RopeConfig(
+                kind="yarn", factor=4.0, original_max_position=256, beta_fast=16.0, beta_slow=2.0
+            ),
         ),
     ],
 )

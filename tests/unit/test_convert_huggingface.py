@@ -127,12 +127,19 @@ def test_dtype_is_kept_or_converted(tmp_path: Path) -> None:
     assert load(directory, dtype="bfloat16").params.embedding.dtype == jnp.bfloat16
 
 
-def test_mixed_types_become_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_mixed_types_become_float32(tmp_path: Path, name: str) -> None:
+    """So that no bit of any of them is lost, on the way back either."""
     config = hf_config()
     tensors = hf_tensors(config, dtype=ml_dtypes.bfloat16)
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
-    params = load_as_stored(write_hf(tmp_path, config, tensors)).params
+    tensors[name] = hf_tensors(config)[name] / 3
+    directory = write_hf(tmp_path / "hf", config, tensors)
+    params = load_as_stored(directory).params
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    to_native(directory, tmp_path / "native")
+    to_huggingface(tmp_path / "native", tmp_path / "back")
+    for key, values in tensors_in(tmp_path / "back").items():
+        np.testing.assert_array_equal(values, tensors[key].astype(np.float32))
 
 
 def test_fingerprint_follows_values_not_formats(tmp_path: Path) -> None:
@@ -195,6 +202,16 @@ def test_extreme_finite_values_are_kept(tmp_path: Path) -> None:
     tensors = hf_tensors(config, dtype=np.float16)
     tensors["model.norm.weight"][:3] = [65504, -65504, 6e-8]
     assert float(load(write_hf(tmp_path, config, tensors)).params.final_norm[0]) == 65504
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (3.4e38, "bfloat16")])
+def test_values_that_a_smaller_type_cannot_hold(tmp_path: Path, value: float, dtype: str) -> None:
+    config = hf_config()
+    tensors = hf_tensors(config)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    directory = write_hf(tmp_path, config, tensors)
+    with pytest.raises(InputError, match=rf"up_proj\.weight' as {dtype} holds NaN or infinite"):
+        load(directory, dtype=dtype)
 
 
 def test_a_head_that_is_not_the_embedding_is_refused(tmp_path: Path) -> None:
