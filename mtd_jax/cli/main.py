@@ -7,7 +7,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from jax.errors import JaxRuntimeError
 
 from mtd_jax import __version__
 from mtd_jax.cli import (
@@ -27,7 +29,7 @@ from mtd_jax.cli import (
 )
 from mtd_jax.cli.arguments import Parser
 from mtd_jax.cli.termination import Terminated, terminable
-from mtd_jax.errors import InputError, RunError
+from mtd_jax.errors import InputError, RunError, first_line
 
 _DESCRIPTION = """\
 Multi-token decoding of large language models in JAX.
@@ -36,6 +38,8 @@ First steps:
   mtd fetch smollm2-135m-instruct --out models/smollm2
   mtd generate --model models/smollm2 --prompt "Why is the sky blue?" --stream
 """
+_STOPPED = (130, 143)
+"""What shells show of a command that Ctrl-C or SIGTERM ended."""
 
 
 def make_parser() -> Parser:
@@ -70,10 +74,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 @terminable()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command: 0 on success, 2 with one line on stderr for bad input, 1 on a failure.
-
-    130 and 143 are what shells show of a command that Ctrl-C or SIGTERM ended.
-    """
+    """Runs one command: 0 on success, 2 with one line on stderr for bad input, 1 on a failure."""
     warnings.showwarning = _show_warning
     try:
         parser = make_parser()
@@ -97,10 +98,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("mtd: interrupted", file=sys.stderr)
-        return 130
+        return _STOPPED[0]
     except Terminated:
         print("mtd: terminated", file=sys.stderr)
-        return 143
+        return _STOPPED[1]
+    except MemoryError as error:
+        return _out_of_memory(error)
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _out_of_memory(error)
+        traceback.print_exc()
+        return 1
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _out_of_memory(error: Exception) -> int:
+    print(f"mtd: out of memory: {first_line(error)}", file=sys.stderr)
+    return 1
+
+
+def script() -> NoReturn:
+    """`main` as a process of its own."""
+    code = main()
+    if code in _STOPPED:
+        # Threads of XLA that still compile would meet an interpreter that takes itself apart.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -20,7 +20,7 @@ from mtd_jax.errors import InputError
 from tests.support.checkpoints import hf_config, hf_shapes, write_hf
 from tests.support.command_line import environment
 
-MTD = [sys.executable, "-c", "import sys; from mtd_jax.cli.main import main; sys.exit(main())"]
+MTD = [sys.executable, "-c", "from mtd_jax.cli.main import script; script()"]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,27 @@ def test_fetch_terminated_while_it_downloads(tmp_path: Path) -> None:
     assert (process.returncode, err) == (143, "mtd: terminated\n")
     assert list(scratch.iterdir()) == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_stopped_command_waits_for_no_thread(code: int) -> None:
+    """XLA may be compiling in some, and crashes where the interpreter ends beside it."""
+    program = (
+        "import threading, time\n"
+        "from mtd_jax.cli import main\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        f"main.main = lambda: print('so far') or {code}\n"
+        "main.script()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, "so far\n"), done.stderr
 
 
 # In a shell: `preexec_fn` would fork this process, in which JAX runs threads.

@@ -149,7 +149,7 @@ def test_a_signal_leaves_whole_lines(model: str, prompts: str, tmp_path: Path) -
     out = tmp_path / "answers.jsonl"
     argv = _argv(model, prompts, out)
     argv[argv.index("--max-new-tokens") + 1] = "200"
-    code = "import sys; from mtd_jax.cli.main import main; sys.exit(main())"
+    code = "from mtd_jax.cli.main import script; script()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *argv], env=environment(), stderr=subprocess.PIPE, text=True
     )
