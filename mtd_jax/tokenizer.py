@@ -39,6 +39,8 @@ TOKENIZER_FILES = (
 
 # Tokens that together may still be one character; more than that are broken text.
 _LONGEST_CHARACTER = 16
+# What the tokenizers library raises where its Rust code gives up: no Exception.
+_PANIC = "PanicException"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Where no config names a class.
 _CLASSES = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
@@ -81,8 +83,12 @@ class Tokenizer:
                 inner = loader.from_pretrained(
                     str(directory), local_files_only=True, trust_remote_code=False
                 )
+                if not isinstance(inner.model_max_length, int | float):
+                    raise InputError(f"model_max_length = {inner.model_max_length!r} is no number")
                 return cls(inner)
-        except Exception as error:  # its loaders raise almost every type on a malformed file
+        except BaseException as error:  # its loaders raise almost every type on a malformed file
+            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+                raise
             raise InputError(
                 f"cannot read the tokenizer in {directory}: {first_line(error)}"
             ) from error

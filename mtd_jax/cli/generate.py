@@ -38,7 +38,9 @@ def add_parser(commands: arguments.Subparsers) -> None:
     arguments.add_model_arguments(parser)
     arguments.add_method_arguments(parser)
     source = parser.add_argument_group("prompts")
-    source.add_argument("--prompt", metavar="TEXT", help="one prompt")
+    source.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a prompt; several times: several prompts"
+    )
     source.add_argument("--prompts", metavar="FILE.jsonl", help="a file of prompts")
     source.add_argument(
         "--chat",
@@ -65,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--stream shows one answer at a time: leave out --batch-size")
     sampling = sampling_of(args)
     choice = open_method(args)
-    prompts = [Prompt(id="0", text=args.prompt)] if args.prompt is not None else None
-    prompts = prompts or read_prompts(args.prompts)
+    given = [Prompt(id=str(i), text=text) for i, text in enumerate(args.prompt or ())]
+    prompts = given or read_prompts(args.prompts)
     model = open_model(args)
     length = typical_length(model, prompts, args.chat)
     method = choice.fitted(model, batch_size=args.batch_size, prompt_tokens=length)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple, TypeAlias, cast, overload
 
 import jax
@@ -28,6 +29,7 @@ from mtd_jax.decoding.requests import (
     Prompt,
     as_prompt,
     encode,
+    is_whole,
 )
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.decoding.stopping import StopMatcher
@@ -40,6 +42,7 @@ FinishReason: TypeAlias = Literal["stop", "length", "context"]
 
 _STREAM_ROUNDS = 8
 _STOP_ID_SLOTS = 8
+_MOST_ROWS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +138,8 @@ def generate(
     Raises:
       InputError: any prompt or value is wrong; nothing has been decoded then.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if not is_whole(batch_size) or not 1 <= batch_size <= _MOST_ROWS:
+        raise InputError(f"batch_size must be from 1 to {_MOST_ROWS}, got {batch_size!r}")
     stop = [stop] if isinstance(stop, str) else stop
     requests = _encode_all(model, prompts, max_new_tokens, chat)
     check(method, model.config, frozenset(r.cycle for r in requests if r.cycle))
@@ -182,7 +185,9 @@ def _encode_all(
         isinstance(prompts, np.ndarray) and prompts.ndim == 1
     ):
         values: list[AnyPrompt] = [prompts]
-    elif all(isinstance(value, int) for value in prompts):
+    elif not isinstance(prompts, Sequence | np.ndarray):
+        raise InputError(f"prompts are text, token ids or objects, not {type(prompts).__name__}")
+    elif all(isinstance(value, Integral) for value in prompts):
         values = [cast("Sequence[int]", prompts)]  # one prompt of token ids
     else:
         values = list(cast("Sequence[AnyPrompt]", prompts))

@@ -22,11 +22,17 @@ _SAMPLING_KEYS = (*(field.name for field in dataclasses.fields(Sampling)), "stop
 _NOT_OFFERED = (
     "best_of",
     "grammar",
+    "guided_json",
+    "ignore_eos",
     "length_penalty",
     "logit_bias",
+    "logprobs",
+    "n",
     "no_repeat_ngram_size",
     "num_beams",
     "response_format",
+    "system",
+    "tools",
     "typical_p",
 )
 _LINE_KEYS = ("id", "prompt", "messages", "token_ids", "max_new_tokens", "category", "cycle")
@@ -58,7 +64,9 @@ class Prompt:
             Sampling(seed=self.seed)  # refuses what it would refuse of a flag
 
 
-AnyPrompt: TypeAlias = str | Prompt | Mapping[str, Any] | Sequence[int] | np.ndarray
+AnyPrompt: TypeAlias = (
+    str | Prompt | Mapping[str, Any] | Sequence[int] | Sequence[np.integer] | np.ndarray
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +100,9 @@ def as_prompt(value: AnyPrompt, index: int) -> Prompt:
         return Prompt(id=str(index), text=value)
     if isinstance(value, Mapping):
         return _from_object(value, index)
-    ids = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(value, Sequence | np.ndarray):
+        raise InputError(f"prompt {index} is neither text, token ids nor an object: {value!r}")
+    ids: list[Any] = [i.item() if isinstance(i, np.integer) else i for i in value]
     return Prompt(id=str(index), token_ids=tuple(ids))
 
 
@@ -151,7 +161,7 @@ def encode(
     if not ids:
         raise InputError(f"prompt {prompt.id} is empty")
     for token in ids:
-        if not _is_whole(token):
+        if not is_whole(token):
             raise InputError(f"prompt {prompt.id}: token id {token!r} is not a whole number")
         if not 0 <= token < config.vocab_size:
             raise InputError(
@@ -164,9 +174,9 @@ def encode(
             "leaves no room for an answer"
         )
     wanted = max_new_tokens if prompt.max_new_tokens is None else prompt.max_new_tokens
-    if not _is_whole(wanted) or wanted < 1:
+    if not is_whole(wanted) or wanted < 1:
         raise InputError(f"max_new_tokens must be a whole number of at least 1, got {wanted!r}")
-    if prompt.cycle is not None and not (_is_whole(prompt.cycle) and prompt.cycle >= 1):
+    if prompt.cycle is not None and not (is_whole(prompt.cycle) and prompt.cycle >= 1):
         raise InputError(f"prompt {prompt.id}: cycle must be at least 1, got {prompt.cycle!r}")
     return EncodedPrompt(
         id=prompt.id,
@@ -202,7 +212,8 @@ def prompt_token_ids(
     return tuple(tokenizer.encode(prompt.text))
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number of Python; True is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -245,7 +256,7 @@ def _from_object(value: Mapping[str, Any], index: int) -> Prompt:
     if ids is not None and not isinstance(ids, list | tuple):
         raise InputError("'token_ids' must be a list of whole numbers")
     for number in [*(ids or ()), *(n for n in (budget, cycle, seed) if n is not None)]:
-        if not _is_whole(number):
+        if not is_whole(number):
             raise InputError(f"{number!r} is not a whole number")
     return Prompt(
         id=_name(value.get("id", index)),

@@ -66,7 +66,9 @@ class Sampling:
                 raise InputError(f"{name} must be between {low:g} and {high:g}, got {value!r}")
         if self.top_p == 0.0:
             raise InputError("top_p must be over 0")
-        if not isinstance(self.top_k, int) or not 0 <= self.top_k < 2**31:
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
+            raise InputError(f"top_k must be a whole number, got {self.top_k!r}")
+        if not 0 <= self.top_k < 2**31:
             raise InputError(f"top_k must be a whole number of at least 0, got {self.top_k!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")

@@ -14,8 +14,8 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if any(not stop for stop in stops):
-            raise InputError("a stop string must not be empty")
+        if stops is None or not all(isinstance(stop, str) and stop for stop in stops):
+            raise InputError("stop strings must be text, and not empty")
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False

@@ -199,6 +199,8 @@ def test_refused_in_one_line(
             "(did you mean 'temperature'?)",
         ),
         ('{"prompt": "a", "logit_bias": {}}', "line 2: 'logit_bias' is not offered"),
+        ('{"prompt": "a", "n": 2}', "line 2: 'n' is not offered"),
+        ('{"prompt": "a", "system": "b"}', "line 2: 'system' is not offered"),
         ('{"prompt": "a", "temperature": 1}', "by flags (--temperature)"),
         ('{"prompt": "a", "seed": -1}', "line 2: seed must be a whole number from 0 to 2^63 - 1"),
         ('{"prompt": "a", "seed": 9223372036854775808}', "line 2: seed must be a whole number"),

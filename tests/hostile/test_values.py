@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import jaxtyping
 import numpy as np
 import pytest
 
+import mtd_jax as mtd
 from mtd_jax.cli.main import main
 from mtd_jax.config import ROPE_KINDS, ModelConfig, RopeConfig, read_shape
 from mtd_jax.convert.gguf import GGUFFile, open_gguf, read_config, read_tokenizer
 from mtd_jax.convert.hf_config import config_from_hf
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.rope import attention_scale, inverse_frequencies, rotary
+from tests.support import tiny
 from tests.support.checkpoints import hf_config, hf_tensors
 from tests.support.command_line import one_line
 from tests.support.gguf_files import write_gguf
+from tests.support.tokenizers import byte_level
 
 NUMBERS: list[Any] = [-(10**400), -1, 0, 1, 2, 3, 2**33, 10**11, 10**400]
 NUMBERS += [5e-324, 0.5, 4.0, 1e12, 1e308, float("inf"), float("nan")]
@@ -188,6 +192,47 @@ def test_an_end_token_that_is_a_list(
         capsys.readouterr()
         assert main(["inspect", str(path)]) == 2
         assert "special token id [" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        (5, {}, "not int"),
+        ([None], {}, "prompt 0 is neither"),
+        ([1, "a"], {}, "prompt 0 is neither"),
+        ([[1, "a"]], {}, "'a' is not a whole number"),
+        ([[1.0]], {}, "1.0 is not a whole number"),
+        ([[1]], {"stop": None}, "stop strings must be text"),
+        ([[1]], {"stop": [3]}, "stop strings must be text"),
+        ([[1]], {"stop": [""]}, "stop strings must be text"),
+        ([[1]], {"batch_size": "1"}, "batch_size"),
+        ([[1]], {"batch_size": 10**9}, "batch_size must be from 1 to 65536"),
+        ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens"),
+    ],
+)
+def test_requests_from_python(prompts: Any, options: dict[str, Any], said: str) -> None:
+    model = dataclasses.replace(tiny.language_model(tiny.config()), tokenizer=byte_level())
+    with pytest.raises(InputError, match=re.escape(said)):
+        mtd.generate(model, mtd.methods.autoregressive(), prompts, **options)
+
+
+def test_token_ids_of_numpy() -> None:
+    model, method = tiny.language_model(tiny.config()), mtd.methods.autoregressive()
+    plain = mtd.generate(model, method, [3, 4], max_new_tokens=2)
+    prompts: list[Any] = [
+        [np.int64(3), np.int64(4)],
+        np.array([3, 4], np.uint8),
+        [[np.int32(3), 4]],
+    ]
+    for ids in prompts:
+        found = mtd.generate(model, method, ids, max_new_tokens=2)
+        assert [c.token_ids for c in found] == [c.token_ids for c in plain]
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "1"])
+def test_top_k_is_a_whole_number(value: Any) -> None:
+    with pytest.raises(InputError, match="top_k must be a whole number"):
+        mtd.Sampling(top_k=value)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,28 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path, files: dict[str, s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "place", "value"),
+    [
+        ("tokenizer_config.json", (), {"model_max_length": "8192"}),
+        ("tokenizer.json", ("model",), {"continuing_subword_prefix": "a\0b"}),
+    ],
+)
+def test_odd_values_are_refused_in_one_line(
+    tmp_path: Path, file: str, place: tuple[str, ...], value: dict[str, str]
+) -> None:
+    byte_level().save(tmp_path)
+    whole = json.loads((tmp_path / file).read_text())
+    inner = whole
+    for key in place:
+        inner = inner[key]
+    inner.update(value)
+    (tmp_path / file).write_text(json.dumps(whole))
+    with pytest.raises(InputError, match="cannot read the tokenizer") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_code_in_the_directory_is_never_run(tmp_path: Path) -> None:
     byte_level().save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

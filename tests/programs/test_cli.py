@@ -92,6 +92,14 @@ def test_stop_strings_cut_across_tokens(model: Path, capsys: pytest.CaptureFixtu
     assert len(output["token_ids"]) < len(ids)
 
 
+def test_several_prompts(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "--model", str(model), "--max-new-tokens", "4", "--json"]
+    both = _json(capsys, *argv, "--prompt", "hello", "--prompt", "The quick")["outputs"]
+    one = _json(capsys, *argv, "--prompt", "The quick")["outputs"]
+    assert [output["id"] for output in both] == ["0", "1"]
+    assert both[1]["token_ids"] == one[0]["token_ids"]
+
+
 def test_chat_or_plain_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["generate", "--model", str(model), "--prompt", "hello", "--json"]
     argv += ["--max-new-tokens", "2"]
