@@ -6,9 +6,11 @@ r"""CP heads from random weights by rank: what a mixture gains over independent 
         --set data.train='["texts.jsonl"]' --work runs/cp-ranks \
         --out benchmarks/results/cpu-cp-ranks.json --plot docs/cp-ranks-cpu.png
 
-For each seed all ranks begin with the same trunk and see the same rows in the same order. Speeds
+For each seed all ranks begin with the same trunk and see the same rows in the same order. Texts
+are drawn from the model itself (temperature 1, drafts tested by min(1, p / q)): greedy ones of so
+small a model run in circles, and how long drafts are accepted is then the circle's doing. Speeds
 are those of drafting with the heads over decoding the same weights without drafts, in turns.
-Interrupted, the same command goes on.
+Interrupted, the same command goes on; what is trained already is measured again.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from mtd_jax.training.log import read_log
 from mtd_jax.training.rows import Rows
 from train.fresh import write_fresh
 
-PROMPTS = 8
+PROMPTS = 32
 PROMPT_BYTES = 64
 
 
@@ -94,29 +96,35 @@ def _row(args: argparse.Namespace, seed: int, rank: int) -> dict[str, Any]:
 
 
 def _decoded(directory: Path, texts: Rows, new_tokens: int) -> dict[str, Any]:
-    """Acceptance and speed behind the beginnings of held-out texts, greedy."""
+    """Acceptance and speed behind pieces of held-out texts; greedy, whether tokens are the same."""
     model = mtd.load(directory / "model")
     heads = mtd.load_heads(directory / "heads", model)
-    prompts = [
-        Prompt(str(i), token_ids=tuple(texts[i].tokens[:PROMPT_BYTES].tolist()))
-        for i in range(min(PROMPTS, len(texts)))
-    ]
-    drafting: Any = methods.cp(heads, tree="chain")
-    found = bench(
-        model,
-        {"ar": lambda _: methods.cp(heads, tree="none"), "cp": lambda _: drafting},
-        prompts,
-        max_new_tokens=new_tokens,
-        ignore_eos=True,
-    )
-    row = found.rows[1]
-    measured = row.metrics.to_dict()
+    prompts = _prompts(texts)
+
+    def row(drafting: Any, **options: Any) -> Any:
+        made = {"ar": lambda _: methods.cp(heads, tree="none"), "cp": lambda _: drafting}
+        options = {"max_new_tokens": new_tokens, "ignore_eos": True} | options
+        return bench(model, made, prompts, **options).rows[1]
+
+    testing = methods.cp(heads, tree="chain", acceptance="rejection")
+    drawn = row(testing, sampling=mtd.Sampling(temperature=1.0))
+    greedy = row(methods.cp(heads, tree="chain"), repeats=1)
+    measured = drawn.metrics.to_dict()
     return {
-        "identical": row.identical_to_ar,
         "mean_acceptance_length": measured["mean_acceptance_length"],
+        "per_position_acceptance": measured["per_position_acceptance"],
         "tokens_per_forward": measured["tokens_per_forward"],
-        "speedup": round(row.speedup_vs_ar or 0.0, 4),
+        "speedup": round(drawn.speedup_vs_ar or 0.0, 4),
+        "greedy_identical": greedy.identical_to_ar,
+        "greedy_mean_acceptance_length": greedy.metrics.to_dict()["mean_acceptance_length"],
     }
+
+
+def _prompts(texts: Rows) -> list[Prompt]:
+    """The beginnings of some rows, over all of the texts."""
+    chosen = range(0, len(texts), max(1, len(texts) // PROMPTS))[:PROMPTS]
+    pieces = {i: texts[i].tokens[:PROMPT_BYTES].tolist() for i in chosen}
+    return [Prompt(str(i), token_ids=tuple(piece)) for i, piece in pieces.items()]
 
 
 if __name__ == "__main__":
