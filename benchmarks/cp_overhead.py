@@ -1,0 +1,123 @@
+r"""What the heads of one step with CP drafts cost beside one row through the base's output head.
+
+    python -m benchmarks.cp_overhead --model models/smollm2-135m-instruct \
+        --out benchmarks/results/cpu-cp-overhead.json
+    python -m benchmarks.cp_overhead --config configs/models/qwen3-4b.toml --dtype bfloat16
+
+All r n heads read the base's output head once. `bytes_ratio` is what they must read, maps of their
+own among it, over the output head alone; `ratio` the time over that of one row through it (median
+of the rounds, taken in turns). What is between the two is arithmetic: r n rows, not bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import mtd_jax as mtd
+from benchmarks.shapes import random_model
+from mtd_jax.cli.page import make_parser, run
+from mtd_jax.config import read_shape
+from mtd_jax.convert.atomic import write_file
+from mtd_jax.errors import InputError
+from mtd_jax.evaluation import environment
+from mtd_jax.methods.cp_heads import CPSpec
+from mtd_jax.methods.cp_weights import CPWeights
+from mtd_jax.parameters import size_in_bytes
+from mtd_jax.transformer.model import Parameters, project
+
+SIZES = ((1, 4), (2, 4), (4, 4), (8, 4))
+"""r and n."""
+
+
+@jax.jit
+def _output_head(params: Parameters, e: jax.Array) -> jax.Array:
+    return project(params, e)
+
+
+@jax.jit
+def _heads(params: Parameters, weights: CPWeights, e: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return weights.log_w(e), weights.log_p(params, e)
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", type=Path, help="a checkpoint")
+    parser.add_argument("--config", type=Path, help="or a shape, with random weights")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--factor", type=int, default=64, help="rank of the maps (default: 64)")
+    parser.add_argument("--calls", type=int, default=20, help="of each in a round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if (args.model is None) == (args.config is None):
+        raise InputError("give one of --model and --config")
+    if args.model is not None:
+        model, name = mtd.load(args.model, dtype=args.dtype), args.model.name
+    else:
+        shape = read_shape(args.config)
+        model, name = random_model(shape, args.dtype, args.config.stem), args.config.stem
+    result = {
+        "hardware": environment.hardware(),
+        "versions": environment.versions(),
+        **environment.provenance(),
+        "model": name,
+        "dtype": str(model.params.embedding.dtype),
+        "factor": args.factor,
+        "rows": measure(model.params, args.factor, args.calls, args.rounds),
+    }
+    if args.out is not None:
+        write_file(args.out, json.dumps(result, indent=2) + "\n")
+
+
+def measure(params: Parameters, factor: int, calls: int, rounds: int) -> list[dict[str, Any]]:
+    """A line for each of `SIZES`."""
+    config = params.config
+    dtype = params.embedding.dtype
+    head = config.hidden_size * config.vocab_size * dtype.itemsize
+    e = jax.random.normal(jax.random.key(0), (1, config.hidden_size), dtype)
+    made = {size: _weights(params, *size, factor, dtype) for size in SIZES}
+    work: dict[Any, Callable[[], Any]] = {"head": functools.partial(_output_head, params, e)}
+    for size, weights in made.items():
+        work[size] = functools.partial(_heads, params, weights, e)
+    times: dict[Any, list[float]] = {key: [] for key in work}
+    for number in range(rounds + 1):  # the first one compiles
+        for key, call in work.items():
+            began = time.perf_counter()
+            jax.block_until_ready([call() for _ in range(calls)])
+            if number:
+                times[key].append(1e3 * (time.perf_counter() - began) / calls)
+    lines = []
+    for (rank, tokens), weights in made.items():
+        taken = times[rank, tokens]
+        ratio = statistics.median(t / h for t, h in zip(taken, times["head"], strict=True))
+        lines.append(
+            {
+                "rank": rank,
+                "tokens": tokens,
+                "ms": round(statistics.median(taken), 3),
+                "head_ms": round(statistics.median(times["head"]), 3),
+                "ratio": round(ratio, 3),
+                "bytes_ratio": round((head + size_in_bytes(weights)) / head, 3),
+            }
+        )
+        print(json.dumps(lines[-1]), flush=True)
+    return lines
+
+
+def _weights(params: Parameters, rank: int, tokens: int, factor: int, dtype: Any) -> CPWeights:
+    weights = CPSpec(rank=rank, tokens=tokens, factor=factor).initial(params, jax.random.key(1))
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), weights)
+
+
+if __name__ == "__main__":
+    run(main, "cp_overhead.py")
