@@ -15,16 +15,8 @@ from functools import partial
 from benchmarks.tables import heads, pods, speed, training
 from benchmarks.tables.results import ROOT
 
-PAGES = (
-    ROOT / "README.md",
-    *(
-        ROOT / "docs" / f"{name}.md"
-        for name in (
-            *("dmtd", "hidden_transfer", "medusa", "performance", "pods", "reproduction"),
-            "training",
-        )
-    ),
-)
+_DOCS = "cp_heads dmtd hidden_transfer medusa performance pods reproduction training".split()
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _DOCS))
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -33,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-transfer-chained": heads.transfer_chained,
     "cpu-transfer-rows": heads.transfer_rows,
     "cpu-cp-ranks": partial(heads.cp_ranks, "cpu-cp-ranks", "cpu-cp-balance"),
+    "cpu-cp-overhead": heads.cp_overhead,
     "corpus": training.corpus,
     "cpu-answering": training.answering,
     "cpu-dmtd-tasks": training.cycles_tasks,

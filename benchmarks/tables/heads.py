@@ -86,6 +86,15 @@ def cp_ranks(*names: str) -> str:
     return table(["rank", "balance", "seeds", *_OF_RANKS.values()], rows)
 
 
+def cp_overhead() -> str:
+    """What CP heads read and take beside one row through the base's output head."""
+    rows = result_of("cpu-cp-overhead")["rows"]
+    head = ["", *(f"r = {row['rank']}, n = {row['tokens']}" for row in rows)]
+    cells = {"bytes": "bytes_ratio", "time": "ratio"}
+    lines = ([name, *(f"{row[key]:.2f}x" for row in rows)] for name, key in cells.items())
+    return table(head, lines)
+
+
 def _spread(values: list[float]) -> str:
     half = (max(values) - min(values)) / 2
     return f"{statistics.mean(values):.3f} ± {half:.3f}"
