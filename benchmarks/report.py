@@ -24,7 +24,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-transfer-layers": heads.transfer_layers,
     "cpu-transfer-chained": heads.transfer_chained,
     "cpu-transfer-rows": heads.transfer_rows,
-    "cpu-cp-ranks": partial(heads.cp_ranks, "cpu-cp-ranks", "cpu-cp-balance"),
+    "cpu-cp-ranks": partial(heads.cp_ranks, "cpu-cp-ranks"),
     "cpu-cp-overhead": heads.cp_overhead,
     "corpus": training.corpus,
     "cpu-answering": training.answering,
