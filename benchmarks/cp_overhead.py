@@ -22,12 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import mtd_jax as mtd
-from benchmarks.shapes import random_model
+from benchmarks.shapes import add_model_arguments, given_model
 from mtd_jax.cli.page import make_parser, run
-from mtd_jax.config import read_shape
 from mtd_jax.convert.atomic import write_file
-from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cp_weights import CPWeights
@@ -51,21 +48,13 @@ def _heads(params: Parameters, weights: CPWeights, e: jax.Array) -> tuple[jax.Ar
 def main() -> None:
     """Measures, prints, writes."""
     parser = make_parser(__doc__)
-    parser.add_argument("--model", type=Path, help="a checkpoint")
-    parser.add_argument("--config", type=Path, help="or a shape, with random weights")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add_model_arguments(parser)
     parser.add_argument("--factor", type=int, default=64, help="rank of the maps (default: 64)")
     parser.add_argument("--calls", type=int, default=20, help="of each in a round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if (args.model is None) == (args.config is None):
-        raise InputError("give one of --model and --config")
-    if args.model is not None:
-        model, name = mtd.load(args.model, dtype=args.dtype), args.model.name
-    else:
-        shape = read_shape(args.config)
-        model, name = random_model(shape, args.dtype, args.config.stem), args.config.stem
+    model, name = given_model(args)
     result = {
         "hardware": environment.hardware(),
         "versions": environment.versions(),

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from mtd_jax import methods, parameters
+from mtd_jax import load, methods, parameters
 from mtd_jax.config import ModelConfig, read_shape
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
@@ -46,6 +46,22 @@ def whole_numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers") from None
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model or --config, and --dtype."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="a checkpoint")
+    source.add_argument("--config", type=Path, help="or a shape, with random weights")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+
+
+def given_model(args: argparse.Namespace) -> tuple[LanguageModel, str]:
+    """What `add_model_arguments` asks for, and its name."""
+    if args.model is not None:
+        return load(args.model, dtype=args.dtype), args.model.name
+    name = args.config.stem
+    return random_model(read_shape(args.config), args.dtype, name), name
 
 
 def _method(label: str, _: int) -> Method:

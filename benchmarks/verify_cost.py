@@ -22,10 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from shapes import random_model, whole_numbers  # type: ignore[import-not-found]
+from shapes import (  # type: ignore[import-not-found]
+    add_model_arguments,
+    given_model,
+    whole_numbers,
+)
 
 import mtd_jax as mtd
-from mtd_jax.config import read_shape
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.base_method import BaseMethod
 from mtd_jax.decoding.method import DecodeState, Requests
@@ -95,9 +98,7 @@ def measure(
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, help="a checkpoint")
-    parser.add_argument("--config", type=Path, help="or a shape, with random weights")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add_model_arguments(parser)
     parser.add_argument("--rows", type=whole_numbers, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -106,13 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    if (args.model is None) == (args.config is None):
-        parser.error("give one of --model and --config")
-    if args.model is not None:
-        model, name = mtd.load(args.model, dtype=args.dtype), args.model.name
-    else:
-        config = read_shape(args.config)
-        model, name = random_model(config, args.dtype, args.config.stem), args.config.stem
+    model, name = given_model(args)
     batch, prompt = args.batch_size, args.prompt_tokens
     found = measure(model, args.rows, batch, prompt, args.steps, args.rounds)
     base = found[args.rows[0]]

@@ -38,7 +38,7 @@ First steps:
   mtd fetch smollm2-135m-instruct --out models/smollm2
   mtd generate --model models/smollm2 --prompt "Why is the sky blue?" --stream
 """
-_STOPPED = (130, 143)
+_INTERRUPTED, _TERMINATED = 130, 143
 """What shells show of a command that Ctrl-C or SIGTERM ended."""
 
 
@@ -98,10 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("mtd: interrupted", file=sys.stderr)
-        return _STOPPED[0]
+        return _INTERRUPTED
     except Terminated:
         print("mtd: terminated", file=sys.stderr)
-        return _STOPPED[1]
+        return _TERMINATED
     except MemoryError as error:
         return _out_of_memory(error)
     except JaxRuntimeError as error:
@@ -122,7 +122,7 @@ def _out_of_memory(error: Exception) -> int:
 def script() -> NoReturn:
     """`main` as a process of its own."""
     code = main()
-    if code in _STOPPED:
+    if code in (_INTERRUPTED, _TERMINATED):
         # Threads of XLA that still compile would meet an interpreter that takes itself apart.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,7 +222,8 @@ def read_parameters(
     """The parameters, dequantised to `dtype`; None: the 16-bit type of all matrices, or float32.
 
     Raises:
-      InputError: missing, extra or wrongly shaped tensors (all are named), or NaN.
+      InputError: missing, extra or wrongly shaped tensors (all are named), NaN, or values too
+        large for `dtype`.
     """
     config = read_config(file)
     leaves = plan(config, gguf_tensors(FAMILIES[config.family]))
@@ -251,9 +251,10 @@ def _refuse_unread(file: GGUFFile, arch: str) -> None:
     for key, harmless in _REFUSED.items():
         if (value := values.get(f"{arch}.{key}", harmless[0])) not in harmless:
             raise InputError(f"{file.path.name}: {arch}.{key} = {str(value)[:60]} is not supported")
-    window = values.get(f"{arch}.attention.sliding_window") or math.inf
-    context = values.get(f"{arch}.context_length", 0)
-    if not (isinstance(window, int | float) and isinstance(context, int) and window >= context):
+    window = values.get(f"{arch}.attention.sliding_window")
+    context = values.get(f"{arch}.context_length")
+    whole = isinstance(window, int) and isinstance(context, int) and window >= context
+    if window and not whole:
         raise InputError(f"{file.path.name}: sliding windows of GGUF files are not supported")
 
 

@@ -71,7 +71,8 @@ def read_parameters(
       dtype: what to convert weights to; None keeps what is stored.
 
     Raises:
-      InputError: missing, extra or wrongly shaped tensors (all are named), or NaN.
+      InputError: missing, extra or wrongly shaped tensors (all are named), NaN, or values too
+        large for `dtype`.
     """
     leaves = plan(config, HF_TENSORS)
     check_tensors(config, files, leaves, is_harmless(config))
