@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from mtd_jax.convert.json_files import MAX_BYTES, parse_object, read_json
 from mtd_jax.convert.tensor_source import FLOATS, Index
-from mtd_jax.errors import InputError
+from mtd_jax.errors import InputError, listed
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -258,6 +259,9 @@ def _indexed(directory: Path) -> SafetensorsFiles:
                 f"{str(file)[:100]!r}"
             )
     files = sorted(set(weight_map.values()))
+    gone = [name for name in files if not os.path.lexists(directory / name)]
+    if gone:
+        raise InputError(f"no such file in {directory}: {listed(gone)} ({len(files)} are needed)")
     entries, twice = _merge(directory, files)
     elsewhere = [
         f"'{name[:200]}' is not in {file}"

@@ -201,6 +201,15 @@ def test_index_and_files_disagree(tmp_path: Path) -> None:
             load(directory)
 
 
+def test_missing_files_are_named_together(tmp_path: Path) -> None:
+    directory = write_hf(tmp_path, shards=3)
+    first, second, _ = sorted(p.name for p in directory.glob("*.safetensors"))
+    for name in (first, second):
+        (directory / name).unlink()
+    with pytest.raises(InputError, match=rf"no such file in .*: {first}, {second} \(3 are needed"):
+        load(directory)
+
+
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     directory = write_hf(tmp_path, shards=2)
     (directory / INDEX).unlink()
