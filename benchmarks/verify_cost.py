@@ -1,8 +1,8 @@
 r"""What a verifying step costs by its number of rows, one row being 1.
 
-    python benchmarks/verify_cost.py --model models/smollm2-135m-instruct \
+    python -m benchmarks.verify_cost --model models/smollm2-135m-instruct \
         --out benchmarks/results/cpu-verify-cost.json --plot docs/verify-cost-cpu.png
-    python benchmarks/verify_cost.py --config configs/models/qwen3-4b.toml --dtype bfloat16 \
+    python -m benchmarks.verify_cost --config configs/models/qwen3-4b.toml --dtype bfloat16 \
         --rows 1,8,16,32,64
 
 The engine's own loop is timed: layers, head, masks, verification and commit of a chain. Row counts
@@ -22,13 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from shapes import (  # type: ignore[import-not-found]
-    add_model_arguments,
-    given_model,
-    whole_numbers,
-)
 
 import mtd_jax as mtd
+from benchmarks.shapes import add_model_arguments, given_model, whole_numbers
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.base_method import BaseMethod
 from mtd_jax.decoding.method import DecodeState, Requests

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.typing import is_number, is_whole
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -45,7 +46,7 @@ def _shown(value: Any) -> str:
 
 
 def _require_int(name: str, value: Any, limit: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_whole(value):
         raise InputError(f"{name} must be a whole number, got {_shown(value)}")
     if not 1 <= value <= limit:
         raise InputError(f"{name} must be between 1 and {limit}, got {_shown(value)}")
@@ -54,8 +55,7 @@ def _require_int(name: str, value: Any, limit: int) -> None:
 def _number(name: str, value: Any, *, minimum: float, strict: bool = False) -> float:
     """The value as a float: a whole number would be one of 32 bits under jit."""
     # Far beyond any use, far from overflow in what is computed with it.
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if not plain or not abs(value) <= 1e12:
+    if not is_number(value) or not abs(value) <= 1e12:
         raise InputError(f"{name} must be a finite number of at most 1e12, got {_shown(value)}")
     if value < minimum or (strict and value == minimum):
         raise InputError(f"{name} must be {'over' if strict else 'at least'} {minimum:g}")
@@ -138,8 +138,7 @@ class CycleConfig:
     def __post_init__(self) -> None:
         for name, least, most in (("early", 0, 2**12), ("late", 1, 2**12), ("cycle", 1, MAX_CYCLE)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or not least <= value <= most:
+            if not is_whole(value) or not least <= value <= most:
                 raise InputError(f"cycles: {name} must be {least} to {most}, got {_shown(value)}")
         if self.anchor is not None and self.anchor not in ANCHORS:
             raise unknown_name("anchor", str(self.anchor)[:60], ANCHORS)
@@ -230,8 +229,7 @@ class ModelConfig:
         if not isinstance(self.eos_token_ids, tuple):
             raise InputError(f"eos_token_ids must be a list, got {_shown(self.eos_token_ids)}")
         for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
-            whole = isinstance(token, int) and not isinstance(token, bool)
-            if token is not None and not (whole and 0 <= token < self.vocab_size):
+            if token is not None and not (is_whole(token) and 0 <= token < self.vocab_size):
                 raise InputError(
                     f"special token id {_shown(token)} is outside 0..{self.vocab_size - 1}"
                 )

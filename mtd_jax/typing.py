@@ -14,13 +14,24 @@ test time only (`--jaxtyping-packages`, see pyproject.toml); at run time they co
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-__all__ = ["Array", "Bool", "DTypeLike", "Float", "Initializer", "Int", "Leaf", "UInt32"]
+__all__ = [
+    "Array",
+    "Bool",
+    "DTypeLike",
+    "Float",
+    "Initializer",
+    "Int",
+    "Leaf",
+    "UInt32",
+    "is_number",
+    "is_whole",
+]
 
 if TYPE_CHECKING:
     Leaf: TypeAlias = jax.Array
@@ -31,3 +42,13 @@ else:
 
 Initializer: TypeAlias = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 """`(key, shape, dtype) -> array`, as in `jax.nn.initializers`."""
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether it is a whole number of Python; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a number of Python; True is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -102,21 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated:
         print("mtd: terminated", file=sys.stderr)
         return _TERMINATED
-    except MemoryError as error:
-        return _out_of_memory(error)
-    except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return _out_of_memory(error)
-        traceback.print_exc()
-        return 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if _is_out_of_memory(error):
+            print(f"mtd: out of memory: {first_line(error)}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         return 1
 
 
-def _out_of_memory(error: Exception) -> int:
-    print(f"mtd: out of memory: {first_line(error)}", file=sys.stderr)
-    return 1
+def _is_out_of_memory(error: Exception) -> bool:
+    on_device = isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return on_device or isinstance(error, MemoryError)
 
 
 def script() -> NoReturn:

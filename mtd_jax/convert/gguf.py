@@ -253,8 +253,8 @@ def _refuse_unread(file: GGUFFile, arch: str) -> None:
             raise InputError(f"{file.path.name}: {arch}.{key} = {str(value)[:60]} is not supported")
     window = values.get(f"{arch}.attention.sliding_window")
     context = values.get(f"{arch}.context_length")
-    whole = isinstance(window, int) and isinstance(context, int) and window >= context
-    if window and not whole:
+    is_harmless = isinstance(window, int) and isinstance(context, int) and window >= context
+    if window and not is_harmless:
         raise InputError(f"{file.path.name}: sliding windows of GGUF files are not supported")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from mtd_jax.config import ANCHORS, ROPE_KINDS, CycleConfig, ModelConfig, RopeConfig
 from mtd_jax.convert.families import FAMILIES, Family
 from mtd_jax.errors import InputError, unknown_name
+from mtd_jax.typing import is_number, is_whole
 
 _WINDOWED, _FULL = "sliding_attention", "full_attention"
 
@@ -322,16 +323,15 @@ def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> i
     value = default if value is None else value
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # some exporters write 32.0
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**63:
+    if not is_whole(value) or abs(value) >= 2**63:
         raise InputError(f"config.json: {key} must be a 64-bit whole number, got {_short(value)}")
     return value
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:
     value = values[key]
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
     # Compared, not converted: JSON's whole numbers may be too long for a float.
-    if not plain or not abs(value) <= sys.float_info.max:
+    if not is_number(value) or not abs(value) <= sys.float_info.max:
         raise InputError(f"config.json: {key} must be a finite number, got {_short(value)}")
     return float(value)
 
@@ -347,7 +347,7 @@ def _tokens(key: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    if not all(is_whole(i) for i in ids):
         raise InputError(f"config.json: {key} must be a token id or a list of them")
     return tuple(ids)
 

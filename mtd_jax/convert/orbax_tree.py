@@ -75,6 +75,7 @@ def restore_tree(
                 )
                 try:
                     restored |= checkpointer.restore(directory.absolute(), args=args)
+                # Orbax lets through whatever its parts raise on files that are not its own.
                 except Exception as error:
                     raise InputError(
                         f"{directory}: '{name}' cannot be read: {_reason(error)}"

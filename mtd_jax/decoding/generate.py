@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import Literal, NamedTuple, TypeAlias, cast, overload
 
 import jax
@@ -29,7 +28,6 @@ from mtd_jax.decoding.requests import (
     Prompt,
     as_prompt,
     encode,
-    is_whole,
 )
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.decoding.stopping import StopMatcher
@@ -37,6 +35,7 @@ from mtd_jax.decoding.traffic import cache_bytes, weight_bytes
 from mtd_jax.errors import InputError
 from mtd_jax.sharding import fetched
 from mtd_jax.tokenizer import TextStream, Tokenizer
+from mtd_jax.typing import is_whole
 
 FinishReason: TypeAlias = Literal["stop", "length", "context"]
 
@@ -187,7 +186,7 @@ def _encode_all(
         values: list[AnyPrompt] = [prompts]
     elif not isinstance(prompts, Sequence | np.ndarray):
         raise InputError(f"prompts are text, token ids or objects, not {type(prompts).__name__}")
-    elif all(isinstance(value, Integral) for value in prompts):
+    elif all(isinstance(value, int | np.integer) for value in prompts):
         values = [cast("Sequence[int]", prompts)]  # one prompt of token ids
     else:
         values = list(cast("Sequence[AnyPrompt]", prompts))

@@ -14,6 +14,7 @@ from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.sampling import Sampling
 from mtd_jax.errors import InputError, nearest
 from mtd_jax.tokenizer import Tokenizer, check_text
+from mtd_jax.typing import is_whole
 
 Message: TypeAlias = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 256
@@ -210,11 +211,6 @@ def prompt_token_ids(
     if tokenizer.has_chat_template if chat is None else chat:
         return tuple(tokenizer.chat([{"role": "user", "content": prompt.text}]))
     return tuple(tokenizer.encode(prompt.text))
-
-
-def is_whole(value: Any) -> bool:
-    """Whether it is a whole number of Python; True is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

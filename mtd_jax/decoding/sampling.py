@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from mtd_jax.errors import InputError
-from mtd_jax.typing import Array, Float, Int, Leaf, UInt32
+from mtd_jax.typing import Array, Float, Int, Leaf, UInt32, is_whole
 
 _DRAFTING = 2**31 - 1
 """Folded into a seed where a position would be: no text is so long."""
@@ -66,7 +66,7 @@ class Sampling:
                 raise InputError(f"{name} must be between {low:g} and {high:g}, got {value!r}")
         if self.top_p == 0.0:
             raise InputError("top_p must be over 0")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
+        if not is_whole(self.top_k):
             raise InputError(f"top_k must be a whole number, got {self.top_k!r}")
         if not 0 <= self.top_k < 2**31:
             raise InputError(f"top_k must be a whole number of at least 0, got {self.top_k!r}")
