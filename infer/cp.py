@@ -15,6 +15,12 @@ import jax.numpy as jnp
 
 import mtd_jax as mtd
 from mtd_jax.cli.page import encoded, prompt_parser, run, show
+from mtd_jax.decoding.draft_vocabulary import (
+    DraftVocabulary,
+    columns_of,
+    reader_of,
+    tokens_of,
+)
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.decoding.verify import walk
 from mtd_jax.methods import cp_mixture
@@ -24,15 +30,22 @@ from mtd_jax.transformer.model import Parameters, extend, normed, unembed
 
 
 @jax.jit
-def draft(heads: CPWeights, params: Parameters, row: jax.Array, newest: jax.Array) -> jax.Array:
+def draft(
+    heads: CPWeights,
+    drafted: DraftVocabulary | None,
+    params: Parameters,
+    row: jax.Array,
+    newest: jax.Array,
+) -> jax.Array:
     """The newest token, and the likeliest ones behind it, each given those before it."""
     e = normed(params, row)
-    log_pi, tables = heads.log_w(e), heads.log_p(params, e)  # [r], [r, n, V]
+    # [r] and [r, n, N]: of all tokens, or of those that are drafted.
+    log_pi, tables = heads.log_w(e), heads.log_p(reader_of(drafted, params), e)
     tokens = [newest]
     for step in range(1, tables.shape[1]):
-        log_pi = cp_mixture.seen(log_pi, tables[:, step - 1], tokens[-1])
+        log_pi = cp_mixture.seen(log_pi, tables[:, step - 1], columns_of(drafted, tokens[-1]))
         best = jnp.argmax(cp_mixture.mixed(log_pi, tables[:, step]))
-        tokens.append(best.astype(jnp.int32))
+        tokens.append(tokens_of(drafted, best).astype(jnp.int32))
     return jnp.stack(tokens)
 
 
@@ -69,7 +82,7 @@ def main() -> None:
     cache, row = cache.commit(jnp.array([start])), x[0, -1]
     text.append(int(unembed(model.params, row).argmax()))
     while len(text) < end and not stops & set(text[start:]):
-        tokens = draft(heads.weights, model.params, row, jnp.int32(text[-1]))
+        tokens = draft(heads.weights, heads.vocabulary, model.params, row, jnp.int32(text[-1]))
         said, kept, row, cache = verify(model.params, cache, tokens)
         text += said[: int(kept) + 1].tolist()
         passes += 1

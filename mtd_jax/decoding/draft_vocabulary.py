@@ -22,6 +22,7 @@ from mtd_jax.typing import Array, Float, Int, Leaf
 
 VOCABULARY = "vocabulary"
 """Where a record of heads keeps the ids that may be drafted, frequent ones first."""
+_FEWEST = 64
 
 
 class DraftVocabulary(struct.PyTreeNode):
@@ -31,6 +32,8 @@ class DraftVocabulary(struct.PyTreeNode):
     """[N] int32: ids."""
     columns: Leaf
     """[D, N]: theirs of the base's output head."""
+    numbers: Leaf
+    """[V] int32: which column every token has, -1 for those that are not drafted."""
 
     @classmethod
     def of(cls, params: Parameters, ids: Any) -> DraftVocabulary:
@@ -44,13 +47,56 @@ class DraftVocabulary(struct.PyTreeNode):
         if not known or not ids or len(set(ids)) < len(ids):
             raise InputError(f"'{VOCABULARY}' of the heads must hold different ids under {size}")
         tokens = jnp.asarray(ids, jnp.int32)
-        return cls(tokens, output_rows(params, tokens).T)
+        return cls(tokens, output_rows(params, tokens).T, jnp.asarray(numbered(ids, size)))
+
+
+def check_count(count: int, loss: str) -> None:
+    """How many tokens may be drafted; 0: all.
+
+    Raises:
+      InputError: too few to be of use, or with a loss that is of all.
+    """
+    if count and count < _FEWEST:
+        raise InputError(f"vocabulary must be 0 (all) or at least {_FEWEST}, got {count}")
+    if count and loss != "distillation":
+        raise InputError("vocabulary goes with loss = distillation alone")
 
 
 def bytes_read(vocabulary: DraftVocabulary | None, params: Parameters) -> int:
     """What drafting reads of the output head."""
     width = params.config.vocab_size if vocabulary is None else vocabulary.tokens.shape[0]
     return int(width * params.config.hidden_size * params.embedding.itemsize)
+
+
+def reader_of(vocabulary: DraftVocabulary | None, params: Parameters) -> Parameters:
+    """The base, with the part of its output head that drafts read."""
+    if vocabulary is None:
+        return params
+    config = dataclasses.replace(params.config, tie_embeddings=False)
+    return params.replace(head=vocabulary.columns, config=config)
+
+
+def columns_of(
+    vocabulary: DraftVocabulary | None, tokens: Int[Array, "*any"]
+) -> Int[Array, "*any"]:
+    """Where logits of `reader_of` have these tokens; -1: nowhere."""
+    return tokens if vocabulary is None else vocabulary.numbers[tokens]
+
+
+def tokens_of(
+    vocabulary: DraftVocabulary | None, columns: Int[Array, "*any"]
+) -> Int[Array, "*any"]:
+    """The tokens of these columns of logits of `reader_of`."""
+    return columns if vocabulary is None else vocabulary.tokens[columns]
+
+
+def over_all(
+    vocabulary: DraftVocabulary | None, log_q: Float[Array, "*rows N"]
+) -> Float[Array, "*rows V"]:
+    """Log-probabilities of all tokens: -inf for those that are not drafted."""
+    if vocabulary is None:
+        return log_q
+    return jnp.where(vocabulary.numbers >= 0, log_q[..., vocabulary.numbers], -jnp.inf)
 
 
 def likeliest(
@@ -62,11 +108,8 @@ def likeliest(
     """The likeliest tokens by rows behind the final norm, of those that may be drafted."""
     if vocabulary is None:
         return jax.lax.top_k(project(params, rows), ranks)[1].astype(jnp.int32)
-    config = dataclasses.replace(params.config, tie_embeddings=False)
-    reader = params.replace(head=vocabulary.columns, config=config)
     count = min(ranks, vocabulary.tokens.shape[0])
-    places = jax.lax.top_k(project(reader, rows), count)[1]
-    found = vocabulary.tokens[places]
+    found = vocabulary.tokens[jax.lax.top_k(project(reader_of(vocabulary, params), rows), count)[1]]
     # -1 is no token: a node of the tree that nothing can stand at.
     return jnp.pad(found, ((0, 0), (0, 0), (0, ranks - count)), constant_values=-1)
 
@@ -84,6 +127,13 @@ def cut(base: Parameters, ids: Sequence[int]) -> Parameters:
     rows = output_rows(base, jnp.asarray(ids, jnp.int32))
     config = dataclasses.replace(base.config, vocab_size=len(ids), tie_embeddings=True)
     return base.replace(embedding=rows, head=None, config=config)
+
+
+def numbered(ids: Sequence[int], size: int) -> np.ndarray:
+    """[size] int32: where each token stands in `ids`; -1: nowhere."""
+    numbers = np.full(size, -1, np.int32)
+    numbers[np.asarray(ids, np.int64)] = np.arange(len(ids), dtype=np.int32)
+    return numbers
 
 
 def most_frequent(texts: Iterable[np.ndarray], size: int, count: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mtd_jax.decoding.draft_vocabulary import DraftVocabulary
 from mtd_jax.errors import InputError
 from mtd_jax.typing import Array, Float, Int, Leaf, UInt32, is_whole
 
@@ -166,17 +167,24 @@ def sample(
 
 
 def candidates(
-    logits: Float[Array, "B V"], rows: SamplingRows, positions: Int[Array, " B"], count: int
+    logits: Float[Array, "B N"],
+    rows: SamplingRows,
+    positions: Int[Array, " B"],
+    count: int,
+    vocabulary: DraftVocabulary | None = None,
 ) -> Int[Array, "B count"]:
-    """Different tokens for `positions`, those first that `sample` is likeliest to draw there.
+    """Different columns for `positions`, those first that `sample` is likeliest to draw there.
 
     The first is what `sample` draws from these logits: drafts made of a draft model's logits share
     the noise of the verifying draw, so near distributions agree more often than two draws of their
-    own would. With temperature 0: the likeliest tokens.
+    own would. With temperature 0: the likeliest.
+
+    Args:
+      vocabulary: whose columns these are; None: every token has one.
     """
 
     def noisy() -> jax.Array:
-        drawn = _noisy(logits, rows, positions)
+        drawn = _noisy(logits, rows, positions, vocabulary)
         return jnp.where(rows.temperature[:, None] > 0, drawn, logits)
 
     scores = jax.lax.cond(jnp.any(rows.temperature > 0), noisy, lambda: logits)
@@ -193,10 +201,19 @@ def log_probabilities(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[
     return jnp.where(rows.temperature[:, None] > 0, drawn, one_hot.astype(jnp.float32))
 
 
-def _noisy(logits: jax.Array, rows: SamplingRows, positions: jax.Array) -> jax.Array:
+def _noisy(
+    logits: jax.Array,
+    rows: SamplingRows,
+    positions: jax.Array,
+    vocabulary: DraftVocabulary | None = None,
+) -> jax.Array:
     """Scores whose greatest is a draw of the token for `positions` (Gumbel's trick)."""
+    # A token has the same noise wherever its column stands.
+    shape = logits.shape[-1:] if vocabulary is None else vocabulary.numbers.shape
     keys = jax.vmap(lambda data: typed(data, 0))(position_keys(rows, positions))
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32))(keys)
+    if vocabulary is not None:
+        noise = noise[:, vocabulary.tokens]
     return _filtered(logits, rows) + noise
 
 

@@ -8,7 +8,6 @@ verifies them makes the next such row: none is for drafting alone.
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal, TypeAlias
 
 import jax
@@ -16,6 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mtd_jax.decoding.draft_vocabulary import (
+    DraftVocabulary,
+    bytes_read,
+    columns_of,
+    over_all,
+    reader_of,
+    tokens_of,
+)
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.sampling import SamplingRows, candidates, log_probabilities
@@ -27,7 +34,7 @@ from mtd_jax.methods.cp_weights import CPWeights
 from mtd_jax.methods.drafting import Known, TreeDrafting, choose_trees
 from mtd_jax.parameters import size_in_bytes
 from mtd_jax.transformer.linear import precision_of
-from mtd_jax.transformer.model import Parameters, declare, normed
+from mtd_jax.transformer.model import Parameters, normed
 from mtd_jax.typing import Array, Float, Int
 
 Acceptance: TypeAlias = Literal["exact", "rejection", "typical"]
@@ -37,6 +44,7 @@ class CP(TreeDrafting):
     """The module's docstring says it; made by `methods.cp`."""
 
     weights: CPWeights
+    vocabulary: DraftVocabulary | None
     drawn: bool = struct.field(pytree_node=False, default=False)
     """Drafts are tested by min(1, p / q), with the conditional that they were drawn from; siblings
     were drawn from it without replacement."""
@@ -54,8 +62,8 @@ class CP(TreeDrafting):
 
     def partial_bytes(self, params: Parameters, cached: float) -> float:
         """The heads and what they read with, once for all drafts of a step."""
-        output = math.prod(declare(params.config).embedding.shape) * params.embedding.itemsize
-        return size_in_bytes(self.weights) + (output if self.weights.output is None else 0)
+        own = size_in_bytes(self.weights)
+        return own + (bytes_read(self.vocabulary, params) if self.weights.output is None else 0)
 
     def output(self, params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """The model's logits; or where they were trained together the marginal (eq. 11)."""
@@ -99,8 +107,10 @@ class CP(TreeDrafting):
         """
         sampling = state.requests.sampling
         e = normed(params, row)
-        log_p = self.weights.first(tree.max_depth + 1).log_p(params, e)
-        log_pi = cp_mixture.seen(self.weights.log_w(e), log_p[:, :, 0], state.pending)[:, None]
+        drafted = self.vocabulary
+        log_p = self.weights.first(tree.max_depth + 1).log_p(reader_of(drafted, params), e)
+        pending = columns_of(drafted, state.pending)
+        log_pi = cp_mixture.seen(self.weights.log_w(e), log_p[:, :, 0], pending)[:, None]
         batch, vocab = row.shape[0], params.config.vocab_size
         on_tree = jnp.zeros((batch, tree.size), jnp.int32)
         drawn_from = []
@@ -113,15 +123,16 @@ class CP(TreeDrafting):
             log_q = jnp.log(jnp.einsum(*shares, precision=precision_of(table)))
             rows = sampling.repeat(len(here))
             places = jnp.repeat(state.cache.length + 1 + depth, len(here))
-            flat = log_q.reshape(-1, vocab)
+            flat = log_q.reshape(-1, log_q.shape[-1])
             wide = 1 + int(tree.rank[below].max())
-            found = candidates(flat, rows, places, wide).reshape(batch, len(here), wide)
-            tokens = found[:, parent, tree.rank[below]]
-            on_tree = on_tree.at[:, below].set(tokens)
-            seen = jnp.take_along_axis(table, tokens[:, None], axis=-1).swapaxes(1, 2)
+            found = candidates(flat, rows, places, wide, drafted)
+            columns = found.reshape(batch, len(here), wide)[:, parent, tree.rank[below]]
+            on_tree = on_tree.at[:, below].set(tokens_of(drafted, columns))
+            seen = jnp.take_along_axis(table, columns[:, None], axis=-1).swapaxes(1, 2)
             log_pi = cp_mixture.told(log_pi[:, parent], seen)[1]
             if self.drawn:
-                drawn_from.append(_distribution(flat, rows).reshape(batch, len(here), vocab))
+                log_q = over_all(drafted, _distribution(flat, rows))
+                drawn_from.append(log_q.reshape(batch, len(here), vocab))
         none = jnp.zeros((batch, 0, vocab))
         log_q = jnp.concatenate(drawn_from, axis=1) if drawn_from else none
         return on_tree[:, 1:], log_q
@@ -144,6 +155,7 @@ def make(
     return CP(
         **trees.fields("typical" if acceptance == "typical" else "exact"),
         weights=heads.weights.first(steps),
+        vocabulary=heads.vocabulary,
         drawn=acceptance == "rejection",
         marginal=spec.trunk == "trained",
     )

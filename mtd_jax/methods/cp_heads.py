@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from mtd_jax.config import ModelConfig
+from mtd_jax.decoding.draft_vocabulary import check_count, cut, numbered
 from mtd_jax.decoding.heads import HeadsSpec
 from mtd_jax.errors import InputError
 from mtd_jax.methods import cp_mixture
@@ -74,6 +75,9 @@ class CPSpec(HeadsSpec):
     trunk: Literal["frozen", "trained"] = "frozen"
     """`trained`: with the heads, from the joint loss; a model of random weights from scratch. What
     is decoded is then the mixture's own first token (the paper's eq. 11)."""
+    vocabulary: int = 0
+    """As of `RowHeadsSpec`: tables of so many tokens; another one, once it is known, tells nothing
+    about the experts, as if its step were left out. 0 is all."""
 
     name: ClassVar[str] = "cp"
 
@@ -93,6 +97,9 @@ class CPSpec(HeadsSpec):
             raise InputError(f"balance must be at least 0, got {self.balance}")
         if self.trunk == "trained" and self.loss != "joint":
             raise InputError("trunk=trained leaves no base to distil from: say loss=joint")
+        check_count(self.vocabulary, self.loss)
+        if self.vocabulary and self.own_output:
+            raise InputError("vocabulary does not go with own_output")
 
     @property
     def depth(self) -> int:
@@ -141,11 +148,14 @@ class CPSpec(HeadsSpec):
         counts: Totals,
         *,
         chunk: int,
+        vocabulary: tuple[int, ...] = (),
     ) -> tuple[jax.Array, Totals]:
         """`mixture_loss` on the rows of a base that stays (`training.whole` trains it too)."""
         base = jax.lax.stop_gradient(base)
         e = normed(base, frozen_rows(base, batch))
-        return self.mixture_loss(weights, base, e, batch, counts, chunk=chunk, frozen=True)
+        return self.mixture_loss(
+            weights, base, e, batch, counts, chunk=chunk, frozen=True, vocabulary=vocabulary
+        )
 
     def mixture_loss(
         self,
@@ -157,6 +167,7 @@ class CPSpec(HeadsSpec):
         *,
         chunk: int,
         frozen: bool,
+        vocabulary: tuple[int, ...] = (),
     ) -> tuple[jax.Array, Totals]:
         """The loss, and what is measured: the joint's, each conditional's, and experts' usage.
 
@@ -169,9 +180,11 @@ class CPSpec(HeadsSpec):
         Args:
           e: rows behind the final norm.
           frozen: no gradient is wanted for the output head of `params`.
+          vocabulary: ids, of which alone both the base and the heads say the next.
         """
-        config, distils = params.config, self.loss == "distillation"
         targets, real = self._targets(batch)
+        params, targets = _narrowed(params, targets, vocabulary)
+        config, distils = params.config, self.loss == "distillation"
         later = [shifted(e, s) for s in range(self.tokens)] if distils else []
         teacher = jnp.stack(later, axis=2) if distils else ()
 
@@ -182,8 +195,8 @@ class CPSpec(HeadsSpec):
             def step(log_pi: Array, part: Any) -> tuple[Array, tuple[Array, Array]]:
                 heads, target, real, teacher = part
                 log_p = heads.log_p(reader, e)[..., 0, :]
-                found = jnp.take_along_axis(log_p, target[..., None, None], axis=-1)[..., 0]
-                log_q, after = cp_mixture.told(log_pi, jnp.where(real[..., None], found, 0.0))
+                target = jnp.where(real, target, -1)
+                log_q, after = cp_mixture.told(log_pi, cp_mixture.found(log_p, target))
                 kl = jnp.zeros_like(log_q)
                 if distils:
                     wanted = jax.nn.log_softmax(project(jax.lax.stop_gradient(reader), teacher))
@@ -219,31 +232,40 @@ class CPSpec(HeadsSpec):
         return self._measured(found, weights.log_w(e), real[..., 0], counts)
 
     def guesses(
-        self, weights: CPWeights, base: Parameters, batch: Packed, ranks: int, *, chunk: int
+        self,
+        weights: CPWeights,
+        base: Parameters,
+        batch: Packed,
+        ranks: int,
+        *,
+        chunk: int,
+        vocabulary: tuple[int, ...] = (),
     ) -> tuple[Int[Array, "B T"], Int[Array, "B T k ranks"]]:
         """Of every position, given the text's own tokens before each guess."""
         e = normed(base, frozen_rows(base, batch))
+        reader, targets = _narrowed(base, self._targets(batch)[0], vocabulary)
 
         def of_chunk(rows: tuple[Array, Array]) -> tuple[Array, Array]:
             e, targets = rows
 
             def step(log_pi: Array, part: Any) -> tuple[Array, Array]:
                 heads, target = part
-                log_p = heads.log_p(base, e)[..., 0, :]
+                log_p = heads.log_p(reader, e)[..., 0, :]
                 best = jax.lax.top_k(cp_mixture.mixed(log_pi, log_p), ranks)[1]
                 return cp_mixture.seen(log_pi, log_p, target), best.astype(jnp.int32)
 
             parts = weights.by_step(), jnp.moveaxis(targets, 2, 0)
             _, best = jax.lax.scan(step, weights.log_w(e), parts)
             own = jnp.argmax(project(base, e), axis=-1).astype(jnp.int32)
-            return own, jnp.moveaxis(best[1:], 0, 2)
+            best = jnp.moveaxis(best[1:], 0, 2)
+            return own, jnp.asarray(vocabulary, jnp.int32)[best] if vocabulary else best
 
-        rows = e, self._targets(batch)[0]
-        return mapped_over_chunks(of_chunk, rows, max(1, chunk // self.rank))
+        return mapped_over_chunks(of_chunk, (e, targets), max(1, chunk // self.rank))
 
     def flops(self, config: ModelConfig) -> float:
         """2 for each weight forward, 2 for its gradient, 2 for the row's where that is wanted."""
-        output = config.hidden_size * config.vocab_size * self.rank * self.tokens
+        wide = self.vocabulary or config.vocab_size
+        output = config.hidden_size * wide * self.rank * self.tokens
         own = count(self.declare(config))
         return 4.0 * own if self.own_output else 4.0 * own + 4.0 * output
 
@@ -281,6 +303,16 @@ class CPSpec(HeadsSpec):
             "responsibility_entropy": part * cp_mixture.entropy(experts),
             **{f"responsibility_{a + 1}": experts[a] / positions for a in range(self.rank)},
         }
+
+
+def _narrowed(
+    base: Parameters, targets: Int[Array, "B T n"], vocabulary: tuple[int, ...]
+) -> tuple[Parameters, Int[Array, "B T n"]]:
+    """The base whose output head says these tokens alone; where they stand in it, others at -1."""
+    if not vocabulary:
+        return base, targets
+    numbers = jnp.asarray(numbered(vocabulary, base.config.vocab_size))
+    return cut(base, vocabulary), numbers[targets]
 
 
 def _noise(length: float = _NOISE, axis: int = -2) -> Initializer:

@@ -22,14 +22,14 @@ from mtd_jax.typing import Array, Bool, Float, Int
 
 
 def told(
-    log_pi: Float[Array, "*rows r"], found: Float[Array, "*rows r"]
+    log_pi: Float[Array, "*rows r"], log_p: Float[Array, "*rows r"]
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows r"]]:
-    """log q of one step's token, and log pi of the next step; `found[a]` = log P_a^(s)(x_s).
+    """log q of one step's token, and log pi of the next step, of `found` for that token.
 
     Begun with log w, the log q of all steps add up to log P(x_1 .. x_n). A step that is left out
-    (0 in `found`) is summed over: its factor sums to one.
+    (zeros) is summed over: its factor sums to one.
     """
-    both = log_pi + found
+    both = log_pi + log_p
     log_q = jax.nn.logsumexp(both, axis=-1)
     return log_q, both - log_q[..., None]
 
@@ -44,12 +44,18 @@ def mixed(
     return jax.nn.logsumexp(log_pi[..., None] + log_p, axis=-2)
 
 
+def found(log_p: Float[Array, "*rows r V"], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows r"]:
+    """log P_a^(s)(x_s) of one step's tokens; 0, which leaves the step out, where they are -1."""
+    at = jnp.maximum(tokens, 0)[..., None, None]
+    log_p = jnp.take_along_axis(log_p, at, axis=-1)[..., 0]
+    return jnp.where(tokens[..., None] >= 0, log_p, 0.0)
+
+
 def seen(
     log_pi: Float[Array, "*rows r"], log_p: Float[Array, "*rows r V"], tokens: Int[Array, "*rows"]
 ) -> Float[Array, "*rows r"]:
-    """log pi of the next step, once this step's token is known."""
-    found = jnp.take_along_axis(log_p, tokens[..., None, None], axis=-1)[..., 0]
-    return told(log_pi, found)[1]
+    """log pi of the next step, once this step's token is known (-1: it is not)."""
+    return told(log_pi, found(log_p, tokens))[1]
 
 
 def balance(log_w: Float[Array, "*rows r"], counts: Bool[Array, "*rows"]) -> Float[Array, ""]:

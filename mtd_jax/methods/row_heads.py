@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mtd_jax.config import ModelConfig
-from mtd_jax.decoding.draft_vocabulary import cut
+from mtd_jax.decoding.draft_vocabulary import check_count, cut
 from mtd_jax.decoding.heads import HeadsSpec
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.losses import Totals, cross_entropy, divergences, mapped_over_chunks
@@ -24,7 +24,6 @@ from mtd_jax.transformer.packed import Packed
 from mtd_jax.typing import Array, Float, Int
 
 _MOST_HEADS = 16
-_FEWEST_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +50,7 @@ class RowHeadsSpec(HeadsSpec):
             raise InputError(f"count must be between 1 and {_MOST_HEADS}, got {self.count}")
         if not 0.0 < self.decay <= 1.0:
             raise InputError(f"decay must be over 0 and at most 1, got {self.decay}")
-        if self.vocabulary and self.vocabulary < _FEWEST_TOKENS:
-            raise InputError(
-                f"vocabulary must be 0 (all) or at least {_FEWEST_TOKENS}, got {self.vocabulary}"
-            )
-        if self.vocabulary and self.loss != "distillation":
-            raise InputError("vocabulary goes with loss = distillation alone")
+        check_count(self.vocabulary, self.loss)
 
     @property
     def depth(self) -> int:

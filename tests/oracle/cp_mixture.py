@@ -26,7 +26,8 @@ def conditional(w: np.ndarray, p: np.ndarray, before: Sequence[int]) -> np.ndarr
     return joint / joint.sum()
 
 
-def posterior(w: np.ndarray, p: np.ndarray, before: Sequence[int]) -> np.ndarray:
-    """[r] which expert it was, by Bayes' rule."""
-    weight = w * [np.prod([p[a, s, x] for s, x in enumerate(before)]) for a in range(len(w))]
+def posterior(w: np.ndarray, p: np.ndarray, before: Sequence[int | None]) -> np.ndarray:
+    """[r] which expert it was, by Bayes' rule; nobody saw the steps at None."""
+    seen = [(s, x) for s, x in enumerate(before) if x is not None]
+    weight = w * [np.prod([p[a, s, x] for s, x in seen]) for a in range(len(w))]
     return weight / weight.sum()
