@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mtd_jax import methods
 from mtd_jax.cli import arguments
 from mtd_jax.cli.session import Choice, choose_method, open_model, sampling_of, typical_length
 from mtd_jax.convert.atomic import write_file
-from mtd_jax.convert.method_files import read_method
+from mtd_jax.convert.method_files import MethodFile, read_method
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.requests import read_prompts
@@ -69,7 +70,8 @@ def add_parser(commands: arguments.Subparsers) -> None:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="what was trained or tuned for methods of the list; each says for which",
+        help="what was trained or tuned for methods of the list; each says for which "
+        "(two for one method: tell them apart like cp:rank=2)",
     )
     parser.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="what to decode")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
@@ -179,20 +181,36 @@ class _Fitter:
 def _choices(text: str, heads: Sequence[str]) -> list[Choice]:
     """The methods of `ar,ngram:drafts=4,...`, each with the heads that are for it."""
     labels = _different(text.split(","), "--methods")
-    by_method = {read_method(arguments.existing_path(h, "heads")).method: h for h in heads}
-    if len(by_method) < len(heads):
-        raise InputError("--heads names one method twice")
-    choices = []
+    files = {h: read_method(arguments.existing_path(h, "heads")) for h in heads}
+    choices, taken = [], set()
     for label in labels:
         name, *options = (BASELINE if label == _CONTROL else label).split(":")
-        directory = by_method.get(name)
         given = arguments.parse_options(options)
+        directory = _heads_for(label, name, given, files)
         choices.append(choose_method(name, directory, given, label))
-    names = {label.split(":")[0] for label in labels}
-    for name, directory in by_method.items():
-        if name not in names:
-            raise InputError(f"{directory} is for method '{name}', which --methods does not name")
+        taken.add(directory)
+    for directory, file in files.items():
+        if directory not in taken:
+            raise InputError(
+                f"{directory} is for method '{file.method}': --methods names none such"
+            )
     return choices
+
+
+def _heads_for(
+    label: str, name: str, options: Mapping[str, str], files: Mapping[str, MethodFile]
+) -> str | None:
+    """Of several heads for a method those that were trained with these options."""
+    found = [path for path, file in files.items() if file.method == name]
+    if len(found) > 1:
+        trained = methods.trained_otherwise
+        found = [path for path in found if trained(name, files[path].options, options) is None]
+        if len(found) != 1:
+            raise InputError(
+                f"{len(found) or 'none'} of --heads fit '{label}': say what one was trained with, "
+                f"like {name}:OPTION=VALUE"
+            )
+    return found[0] if found else None
 
 
 def _different(values: list[Any], flag: str) -> list[Any]:

@@ -262,13 +262,26 @@ def make_method(name: str, options: Mapping[str, Any], heads: Heads | None = Non
         raise InputError(f"method '{name}' needs trained heads")
     if heads.method != name:
         raise InputError(f"these heads are for method '{heads.method}', not '{name}'")
-    trained = typed_options(name, heads.options)
+    if (key := trained_otherwise(name, heads.options, typed)) is not None:
+        raise InputError(f"{key} of '{name}' is what the heads were trained with")
     own = [field.name for field in dataclasses.fields(SPECS[name])]
-    for key in own:
-        if key in typed and typed[key] != trained.get(key):
-            raise InputError(f"{key} of '{name}' is what the heads were trained with")
-    decoding = {key: value for key, value in {**trained, **typed}.items() if key not in own}
-    return METHODS[name](heads=heads, **decoding)
+    both = {**typed_options(name, heads.options), **typed}
+    return METHODS[name](heads=heads, **{k: v for k, v in both.items() if k not in own})
+
+
+def trained_otherwise(
+    name: str, trained: Mapping[str, Any], options: Mapping[str, Any]
+) -> str | None:
+    """The first of the options of which heads were trained with another value; None: there is none.
+
+    Args:
+      trained: the options that are kept with the heads.
+    """
+    if name not in SPECS:
+        return None
+    spec = dataclasses.asdict(make_spec(name, trained))
+    typed = typed_options(name, options)
+    return next((key for key in spec if key in typed and typed[key] != spec[key]), None)
 
 
 def trained_options(name: str, config: ModelConfig) -> dict[str, Any]:

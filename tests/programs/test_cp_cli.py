@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import mtd_jax as mtd
+from tests.support import heads
 from tests.support.command_line import ROOT, assert_refused, printed_by, run_commands
 from tests.support.training import write_config, write_place
 
@@ -29,6 +31,7 @@ def test_from_a_config_to_a_proof(place: Path, trunk: str) -> None:
         options__balance=0.01,
         options__trunk=trunk,
         options__loss="joint" if whole else "distillation",
+        options__vocabulary=0 if whole else 64,
         evaluate__prompts=str(place / "prompts.jsonl"),
         evaluate__new_tokens=8,
     )
@@ -61,6 +64,32 @@ def test_from_a_config_to_a_proof(place: Path, trunk: str) -> None:
     assert summary["options"]["rank"] == 2
     assert len(summary["record"]["accuracies"]) == 2
     assert len(json.loads(drawn.out)["outputs"]) == 2
+
+
+def test_heads_of_one_method_race(place: Path) -> None:
+    """`--methods` says by what they were trained with which is meant."""
+    model = mtd.load(place / "model")
+    paths: list[str | Path] = []
+    for rank in (1, 2):
+        found = heads.random(model, "cp", tokens=3, rank=rank, factor=4)
+        paths.append(heads.write(found, place / f"rank-{rank}"))
+    race: list[str | Path] = [
+        *("bench", "--model", place / "model", "--prompts", place / "prompts.jsonl", "--json"),
+        *("--repeats", "1", "--max-new-tokens", "4", "--heads", *paths, "--methods"),
+    ]
+    raced, unclear, unknown, idle = run_commands(
+        [
+            [*race, "ar,cp:rank=1:tree=chain,cp:rank=2:tree=chain"],
+            [*race, "ar,cp:tree=chain"],
+            [*race, "ar,cp:rank=1,cp:rank=8"],
+            [*race, "ar,cp:rank=2"],
+        ]
+    )
+    assert raced.code == 0, raced.err
+    assert [row["identical_to_ar"] for row in json.loads(raced.out)["rows"]] == [True] * 3
+    assert "2 of --heads fit 'cp:tree=chain'" in assert_refused(unclear)
+    assert "none of --heads fit 'cp:rank=8'" in assert_refused(unknown)
+    assert "rank-1 is for method 'cp': --methods names none such" in assert_refused(idle)
 
 
 def test_slips_are_refused_in_one_line(place: Path) -> None:
@@ -104,9 +133,9 @@ def test_the_programs_on_one_page(place: Path) -> None:
     assert "step 3" in said
     assert (whole / "heads" / "method.json").is_file()
     assert (whole / "model" / "config.json").is_file()
-    heads = place / "page-heads"
+    learned = place / "page-heads"
     assert "step 3" in printed_by(
-        "train.cp", "--model", place / "model", *data, "--out", heads, *size
+        "train.cp", "--model", place / "model", *data, "--out", learned, *size
     )
-    words = ("--model", place / "model", "--heads", heads, "--token-ids", "5,6,7")
+    words = ("--model", place / "model", "--heads", learned, "--token-ids", "5,6,7")
     assert "tokens a pass" in printed_by("infer.cp", *words, "--max-new-tokens", "12")
