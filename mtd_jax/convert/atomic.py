@@ -43,7 +43,8 @@ def atomic_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise _cannot_write(out, error) from error
     finally:
-        _remove(work)
+        with undisturbed():
+            _remove(work)
 
 
 @contextlib.contextmanager
@@ -155,12 +156,19 @@ def put_in_place(work: Path, out: Path) -> None:
 
 
 def _remove(work: Path) -> None:
-    """Tries again for a second: after one write failed, Orbax's other threads still write here."""
-    for _ in range(20):
+    """Removes it until it stays away for half a second, and for ten seconds at most.
+
+    After one write failed, the other threads of Orbax go on, and make their directories again.
+    """
+    if not work.exists():
+        return
+    away = 0
+    for _ in range(200):
         shutil.rmtree(work, ignore_errors=True)
-        if not work.exists():
-            return
         time.sleep(0.05)
+        away = 0 if work.exists() else away + 1
+        if away == 10:
+            return
 
 
 def _remove_stale(out: Path) -> None:

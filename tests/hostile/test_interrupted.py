@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mtd_jax.convert.atomic import atomic_directory
 from mtd_jax.convert.conversions import to_native
 from mtd_jax.convert.load import load_as_stored
 from mtd_jax.errors import InputError
@@ -149,6 +151,24 @@ def test_a_failed_write_is_one_line(tmp_path: Path, large: Path, direction: str)
     assert err.count("\n") == 1, err
     assert "cannot write" in err
     assert "File too large" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_late_threads_write_is_removed_too(tmp_path: Path) -> None:
+    """As Orbax's do after another one's write failed."""
+    late: list[threading.Timer] = []
+
+    def fail() -> None:
+        with atomic_directory(tmp_path / "out") as work:
+            for delay in (0.1, 0.3):
+                late.append(threading.Timer(delay, (work / "weights").mkdir, [0o777, True]))
+                late[-1].start()
+            raise OSError("no space left")
+
+    with pytest.raises(InputError, match="cannot write"):
+        fail()
+    for timer in late:
+        timer.join()
     assert list(tmp_path.iterdir()) == []
 
 
