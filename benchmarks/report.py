@@ -26,6 +26,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-transfer-rows": heads.transfer_rows,
     "cpu-cp-ranks": partial(heads.cp_ranks, "cpu-cp-ranks"),
     "cpu-cp-overhead": heads.cp_overhead,
+    "cpu-cp-guesses": heads.cp_guesses,
+    "cpu-cp-heads": partial(speed.drafting, "cpu-cp-heads"),
     "corpus": training.corpus,
     "cpu-answering": training.answering,
     "cpu-dmtd-tasks": training.cycles_tasks,

@@ -11,15 +11,30 @@ from benchmarks.tables.results import ROOT, result_of, table
 
 def heads_accuracy() -> str:
     """How often guesses of the shipped heads are the base's own token, on held-out answers."""
-    head = ["heads", "place", "best guess", "among the best 2", "3", "4", "5"]
-    rows = []
+    rows: list[list[str]] = []
     for path in sorted((ROOT / "mtd_jax" / "heads").glob("*/method.json")):
         told = json.loads(path.read_text(encoding="utf-8"))
-        record = told["record"]
-        for i, ranks in enumerate(record["accuracies"], start=1):
-            among = [f"{sum(ranks[: n + 1]):.1%}" for n in range(5)]
-            rows.append([told["method"], f"n + {i + 1}", *among])
-    return table(head, rows)
+        rows += _accuracies(told["method"], told["record"])
+    return table(_ACCURACIES, rows)
+
+
+def cp_guesses() -> str:
+    """The same of CP heads by rank."""
+    rows: list[list[str]] = []
+    for row in sorted(result_of("cpu-cp-guesses")["rows"], key=lambda r: int(r["options"]["rank"])):
+        rows += _accuracies(f"cp, rank {row['options']['rank']}", row)
+    return table(_ACCURACIES, rows)
+
+
+_ACCURACIES = ["heads", "place", "best guess", "among the best 2", "3", "4", "5"]
+
+
+def _accuracies(name: str, record: dict[str, Any]) -> list[list[str]]:
+    """A line for every place."""
+    return [
+        [name, f"n + {i + 1}", *(f"{sum(ranks[: n + 1]):.1%}" for n in range(5))]
+        for i, ranks in enumerate(record["accuracies"], start=1)
+    ]
 
 
 def transfer_layers() -> str:

@@ -50,7 +50,9 @@ def test_tokens_are_those_of_plain_decoding(model: mtd.LanguageModel, name: str)
         assert (completion.metrics.mean_acceptance_length or 0) >= floor, completion
 
 
-@pytest.mark.parametrize(("name", "floor"), [("medusa", 0.007), ("hidden_transfer", 0.02)])
+@pytest.mark.parametrize(
+    ("name", "floor"), [("medusa", 0.007), ("hidden_transfer", 0.02), ("cp", 0.01)]
+)
 def test_heads_that_come_with_the_package(
     model: mtd.LanguageModel, name: str, floor: float
 ) -> None:
