@@ -19,6 +19,7 @@ from mtd_jax.decoding.generate import Completion, generate
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.metrics import Metrics, total
+from mtd_jax.decoding.prompt import bucket_prompt
 from mtd_jax.decoding.requests import AnyPrompt, Prompt, as_prompt, encode, without_cycles
 from mtd_jax.decoding.sampling import Sampling
 from mtd_jax.evaluation.roofline import memory_bandwidth
@@ -101,6 +102,11 @@ def bench(
     """
     asked = [as_prompt(p, i) for i, p in enumerate(prompts)]
     length = _length_by(model)
+
+    def reach(prompt: Prompt) -> tuple[int, int]:
+        budget = max_new_tokens if prompt.max_new_tokens is None else prompt.max_new_tokens
+        return length(prompt), length(prompt) + budget
+
     bandwidth = memory_bandwidth()
     rows = []
     for batch_size in batch_sizes:
@@ -114,6 +120,7 @@ def bench(
             what: str,
             size: int = batch_size,
             made: dict[str, Method] = made,
+            behind_eos: bool = ignore_eos,
         ) -> list[Completion]:
             progress(f"{label}, batch {size}, {what}")
             return generate(
@@ -123,10 +130,11 @@ def bench(
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
                 batch_size=size,
-                ignore_eos=ignore_eos,
+                ignore_eos=behind_eos,
             )
 
-        warm = {label: decode(label, known, "warm-up") for label in made}
+        few = [prompt for batch in _of_all_programs(batches, reach) for prompt in batch]
+        warm = {label: decode(label, few, "warm-up", behind_eos=True) for label in made}
         runs: dict[str, list[list[Completion]]] = {label: [] for label in made}
         for repeat in range(repeats):
             for label in made:
@@ -177,6 +185,24 @@ def _batches(
     mixed = [rest[i : i + size] for i in range(0, len(rest), size)]
     last = [mixed.pop()] if mixed and len(mixed[-1]) < size else []
     return sorted(whole + mixed, key=lambda batch: max(map(length, batch))) + last
+
+
+def _of_all_programs(
+    batches: Sequence[list[Prompt]], reach: Callable[[Prompt], tuple[int, int]]
+) -> list[list[Prompt]]:
+    """The batch that goes farthest of every padded length, in their order.
+
+    Decoded behind end tokens, these run every program, those that grow caches among them.
+
+    Args:
+      reach: a prompt's length, and that of its longest answer with it.
+    """
+    farthest: dict[int, tuple[int, int]] = {}
+    for i, batch in enumerate(batches):
+        lengths, ends = zip(*map(reach, batch), strict=True)
+        padded = bucket_prompt(max(lengths))
+        farthest[padded] = max(farthest.get(padded, (0, i)), (max(ends), i))
+    return [batches[i] for i in sorted(i for _, i in farthest.values())]
 
 
 def passes(methods: int, prompts: int, batch_sizes: Sequence[int], repeats: int) -> int:

@@ -14,6 +14,7 @@ from mtd_jax.decoding import engine
 from mtd_jax.decoding.clock import Clock
 from mtd_jax.decoding.method import Requests
 from mtd_jax.decoding.sampling import SamplingRows
+from mtd_jax.evaluation.bench import bench
 from mtd_jax.parameters import size_in_bytes
 from mtd_jax.transformer.model import prepare_for_decoding
 from tests.support import heads, tiny
@@ -44,6 +45,24 @@ def test_nothing_compiles_after_warm_up(batch_size: int) -> None:
         run([[3]], ignore_eos=True)
         list(generate(model, AR, [[7, 8]], max_new_tokens=30, batch_size=batch_size, stream=True))
     assert clock.compilations == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_benchmark_compiles_in_its_warm_up_alone(batch_size: int) -> None:
+    """Which is over a few of the prompts: the caches of some grow, and of some twice."""
+    sizes = [(3, 9), (5, 200), (12, 1), (40, 20), (100, 5), (100, 150), (33, 2), (110, 7), (7, 3)]
+    prompts = [
+        Prompt(id=str(i), token_ids=(i + 1,) * length, max_new_tokens=budget)
+        for i, (length, budget) in enumerate(sizes)
+    ]
+    made: dict[str, Callable[[int], Any]] = {
+        "ar": lambda size: AR,
+        "ngram": lambda size: methods.ngram(drafts=3),
+    }
+    model = tiny.language_model()
+    result = bench(model, made, prompts, batch_sizes=(batch_size,), repeats=1)
+    assert [row.metrics.tokens > 0 for row in result.rows] == [True, True]
+    assert [row.metrics.compile_seconds for row in result.rows] == [0.0, 0.0]
 
 
 DEEP = tiny.config(
