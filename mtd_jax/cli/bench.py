@@ -265,6 +265,11 @@ def _warnings(row: Row) -> list[str]:
     if row.method.partition(":")[0] == BASELINE:
         return []
     lines = []
+    if row.own_reference:
+        lines.append(
+            f"{row.method} is another model than ar, so that only their speeds can be compared; "
+            "`mtd verify` holds its tokens against its own plain decoding"
+        )
     if row.lossless and not row.metrics.drafted:
         lines.append(
             f"{row.method} at batch {row.batch_size} drafted nothing, so it was plain decoding: no "

@@ -58,9 +58,12 @@ class Row:
     """Bytes that decoding must read, per second, over the bandwidth."""
     identical_to_ar: bool | None
     """Token for token on every prompt; None without ar in the run, and where answers differ that
-    are drawn: a method may draw otherwise from the same distribution."""
+    are drawn, or need not be the same: a method may draw otherwise from the same distribution."""
     lossless: bool
     """By the method's construction."""
+    own_reference: bool
+    """Whether it is lossless beside plain decoding of its own (`methods.reference`) and not beside
+    ar, with which tokens are then not compared."""
     verdict: str
     """`faster`, `as fast`, `slower` than ar; empty without ar, or where nothing was decoded."""
     by_category: dict[str, dict[str, Any]]
@@ -251,7 +254,8 @@ def _row(
     speedup = _median(ratios)
     if BASELINE in runs:
         identical = _tokens(runs[label][0]) == _tokens(runs[BASELINE][0])
-        identical = None if drawn and not identical else identical
+        differs_by_right = drawn or method.plain() is not None
+        identical = None if differs_by_right and not identical else identical
         if speedup is not None:
             verdict = "faster" if speedup > 1 / _SLOWER else "as fast"
             verdict = "slower" if speedup < _SLOWER else verdict
@@ -267,6 +271,7 @@ def _row(
         roofline_share=statistics.median(_ratio(m.bytes_read, m.decode_seconds) for m in totals),
         identical_to_ar=identical,
         lossless=method.lossless,
+        own_reference=method.plain() is not None,
         verdict=verdict,
         by_category=_by_category(runs, label, batch_size, prompts),
         requests=[(c.id, c.metrics) for c in runs[label][0]],

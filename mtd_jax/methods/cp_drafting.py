@@ -2,8 +2,8 @@
 
 The heads are evaluated once a step, at the row that the newest token was drawn from. Given that
 token, the experts are weighted anew, and the tokens behind it follow one by one, along a chain or
-along every path of a tree; a node's score is its true probability as a draft. The pass that
-verifies them makes the next such row: none is for drafting alone.
+along every path of a tree. The pass that verifies them makes the next such row: none is for
+drafting alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.draft_vocabulary import (
     DraftVocabulary,
     bytes_read,
@@ -28,6 +29,7 @@ from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.sampling import SamplingRows, candidates, log_probabilities
 from mtd_jax.decoding.speculative import verify_drafts, verify_draws
 from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.errors import InputError
 from mtd_jax.methods import cp_mixture
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cp_weights import CPWeights
@@ -59,6 +61,13 @@ class CP(TreeDrafting):
             return None
         once = jnp.ones(1, jnp.float32)
         return self.replace(trees=(TokenTree.chain(0),), expected=0 * once, costs=once, auto=False)
+
+    def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
+        """As for all; and that a node has no more children than there are tokens."""
+        drafted = config.vocab_size if self.vocabulary is None else len(self.vocabulary.tokens)
+        if self.ranks > drafted:
+            raise InputError(f"a tree with {self.ranks} guesses at a place, of {drafted} tokens")
+        return super().check(config, cycles)
 
     def partial_bytes(self, params: Parameters, cached: float) -> float:
         """The heads and what they read with, once for all drafts of a step."""

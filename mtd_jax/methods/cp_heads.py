@@ -175,7 +175,8 @@ class CPSpec(HeadsSpec):
         learned too: the others are summed out. "joint" measures whole positions alone.
 
         Tables [C, r, n, V] exist for C positions at a time, r n times fewer than `chunk`: memory
-        grows neither with the rank nor with the number of tokens, and nothing is computed twice.
+        grows neither with the rank nor with the number of tokens. No table is computed twice; what
+        a base says of a position is, for each step that foretells it.
 
         Args:
           e: rows behind the final norm.
@@ -256,7 +257,9 @@ class CPSpec(HeadsSpec):
 
             parts = weights.by_step(), jnp.moveaxis(targets, 2, 0)
             _, best = jax.lax.scan(step, weights.log_w(e), parts)
-            own = jnp.argmax(project(base, e), axis=-1).astype(jnp.int32)
+            own = best[0][..., 0]  # the mixture's first token, which is what is decoded
+            if self.trunk == "frozen":
+                own = jnp.argmax(project(base, e), axis=-1).astype(jnp.int32)
             best = jnp.moveaxis(best[1:], 0, 2)
             return own, jnp.asarray(vocabulary, jnp.int32)[best] if vocabulary else best
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtd_jax.transformer.linear import contract, precision_of
-from mtd_jax.transformer.model import Parameters, project
+from mtd_jax.transformer.model import Parameters, capped, project
 from mtd_jax.typing import Array, Float
 
 
@@ -38,7 +38,8 @@ class CPWeights(struct.PyTreeNode):
           e: what the last layer puts out, behind the final norm.
         """
         if self.output is not None:
-            return jax.nn.log_softmax(_float32("...D,rnDV->...rnV", e, self.output), axis=-1)
+            logits = _float32("...D,rnDV->...rnV", e, self.output)
+            return jax.nn.log_softmax(capped(base.config, logits), axis=-1)
         width, rank, steps, inner = self.down.shape
         moved = contract("...D,DE->...E", e, self.down.astype(e.dtype).reshape(width, -1))
         moved = moved.reshape(*e.shape[:-1], rank, steps, inner)

@@ -121,11 +121,13 @@ def project(params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*ro
     logits = jnp.einsum(
         equation, x, head, precision=precision_of(x), preferred_element_type=jnp.float32
     )
-    logits = constrain(logits, "batch", *inner, "vocab")
-    cap = params.config.final_logit_softcap
-    if cap is not None:
-        logits = cap * jnp.tanh(logits / cap)
-    return logits
+    return capped(params.config, constrain(logits, "batch", *inner, "vocab"))
+
+
+def capped(config: ModelConfig, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
+    """Logits of an output head as the family has them."""
+    cap = config.final_logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def forward(params: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -20,9 +20,10 @@ from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import Requests
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.errors import InputError
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cp_weights import CPWeights
-from mtd_jax.transformer.model import Parameters, forward, normed
+from mtd_jax.transformer.model import Parameters, normed
 from mtd_jax.transformer.packed import Packed, frozen_rows
 from tests.oracle import cp_mixture as oracle
 from tests.support import heads, tiny
@@ -45,30 +46,6 @@ def _setting(options: dict[str, Any]) -> tuple[CPSpec, CPWeights, Parameters]:
     return spec, jax.tree.map(lambda x: 0.2 * x, weights), model.params
 
 
-def _tables(
-    weights: CPWeights, base: Parameters, text: list[int], ids: Sequence[int] = ()
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[T, r] weights, [T, r, n, V] tables and [T, V] what the base says, in float64; of `ids`."""
-    w = jax.tree.map(lambda x: np.asarray(x, np.float64), weights)
-    e = np.asarray(normed(base, frozen_rows(base, heads.packed([text])))[0], np.float64)
-    head = np.asarray(base.embedding.T if base.head is None else base.head, np.float64)
-    if w.output is not None:
-        logits = np.einsum("td,rndv->trnv", e, w.output)
-    else:
-        moved = np.einsum("td,drnk->trnk", e, w.down)
-        moved = moved if w.up is None else np.einsum("trnk,rnkd->trnd", moved, w.up)
-        logits = (e[:, None, None] + moved) @ head
-    plain = np.asarray(forward(base, jnp.asarray([text], jnp.int32))[0], np.float64)
-    if ids:
-        logits, plain = logits[..., ids], plain[..., ids]
-    return _softmax(e @ w.gate), _softmax(logits), _softmax(plain)
-
-
-def _softmax(x: np.ndarray) -> np.ndarray:
-    x = np.exp(x - x.max(-1, keepdims=True))
-    return x / x.sum(-1, keepdims=True)
-
-
 def _slow(
     spec: CPSpec, weights: CPWeights, base: Parameters, ids: Sequence[int] = ()
 ) -> dict[str, float]:
@@ -78,7 +55,7 @@ def _slow(
     nll, kl, number = np.zeros(steps), np.zeros(steps), np.zeros(steps)
     joint, whole, usage, wins = 0.0, 0, np.zeros(spec.rank), np.zeros(spec.rank)
     for text in TEXTS:
-        w, p, plain = _tables(weights, base, text, ids)
+        w, p, plain = oracle.tables(weights, base, text, ids)
         for t in range(len(text) - 1):
             usage += w[t]
             wins[w[t].argmax()] += 1
@@ -197,7 +174,7 @@ def test_drafts_are_the_likeliest_along_their_paths(options: dict[str, Any]) -> 
     state = _started(method)
     drafts, _ = method.drafts(base, state.extra.row, state, tree)
     for row, prompt in enumerate(PROMPTS):
-        tables = _tables(weights, base, prompt)
+        tables = oracle.tables(weights, base, prompt)
         w, p = tables[0][-1], tables[1][-1]
         tokens = [int(state.pending[row]), *np.asarray(drafts[row]).tolist()]
         for node in range(tree.size):
@@ -276,7 +253,7 @@ def test_a_whole_model_decodes_its_own_first_token(decoding: dict[str, Any]) -> 
         assert sum(c.metrics.accepted for c in found) > 0
     for prompt, completion in zip(PROMPTS, _greedy(plain), strict=True):
         text = [*prompt, *completion]
-        w, p, _ = _tables(_fitted().weights, model.params, text)
+        w, p, _ = oracle.tables(_fitted().weights, model.params, text)
         said = np.einsum("tr,trv->tv", w, p[:, :, 0]).argmax(-1)
         assert said[len(prompt) - 1 : -1].tolist() == completion
 
@@ -284,6 +261,46 @@ def test_a_whole_model_decodes_its_own_first_token(decoding: dict[str, Any]) -> 
 def _greedy(method: Any) -> list[list[int]]:
     done = generate(tiny.language_model(), method, PROMPTS, max_new_tokens=20)
     return [list(c.token_ids) for c in done]
+
+
+@pytest.mark.parametrize("trunk", ["frozen", "trained"])
+def test_guesses_are_held_against_what_is_decoded(trunk: str) -> None:
+    """The base's own token; or the mixture's first, where the two were trained together."""
+    options = {"loss": "joint", "rank": 3, "tokens": 3, "factor": 8, "trunk": trunk}
+    spec, weights, base = _setting(options)
+    own, guesses = spec.guesses(weights, base, heads.packed(TEXTS), 4, chunk=5)
+    other = 0
+    for row, text in enumerate(TEXTS):
+        w, p, plain = oracle.tables(weights, base, text)
+        mixed = np.einsum("tr,trv->tv", w, p[:, :, 0])
+        said = (plain if trunk == "frozen" else mixed).argmax(-1)
+        assert own[row, : len(text)].tolist() == said.tolist()
+        other += int((plain.argmax(-1) != mixed.argmax(-1)).sum())
+        for t in range(len(text) - 2):
+            for s in (1, 2)[: len(text) - 1 - t]:
+                q = oracle.posterior(w[t], p[t], text[t + 1 : t + 1 + s]) @ p[t, :, s]
+                assert guesses[row, t, s - 1].tolist() == np.argsort(-q)[:4].tolist()
+    assert other  # the two differ here and there
+
+
+def test_own_output_heads_begin_as_the_base_with_its_cap() -> None:
+    """As a family has it whose logits are squeezed; here by a lot."""
+    base = tiny.params(tiny.config(final_logit_softcap=5.0))
+    # Rows so long that the cap decides.
+    base = base.replace(final_norm=base.final_norm * 20.0)
+    spec = CPSpec(rank=2, tokens=2, own_output=True, loss="joint")
+    weights = spec.initial(base, jax.random.key(0))
+    _, tables, plain = oracle.tables(weights, base, TEXTS[0])
+    e = normed(base, frozen_rows(base, heads.packed(TEXTS[:1])))[0]
+    np.testing.assert_allclose(np.exp(weights.log_p(base, e)), tables, rtol=1e-3, atol=1e-6)
+    gap = (plain[:, None, None] * np.log(plain[:, None, None] / tables)).sum(-1)
+    assert gap.max() < 0.01
+
+
+def test_a_tree_wider_than_the_vocabulary_is_refused() -> None:
+    method = methods.make_method("cp", {"tree": "98x1"}, _fitted())
+    with pytest.raises(InputError, match="98 guesses at a place, of 97 tokens"):
+        generate(tiny.language_model(), method, PROMPTS, max_new_tokens=2)
 
 
 def test_none_is_no_draft() -> None:

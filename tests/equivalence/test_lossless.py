@@ -17,6 +17,7 @@ from mtd_jax.decoding.clock import Clock
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.evaluation.losslessness import verify
+from tests.oracle import cp_mixture as cp_oracle
 from tests.oracle import dmtd as dmtd_oracle
 from tests.oracle import transformer as oracle
 from tests.support import heads, tiny
@@ -29,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cp:rejection": {"tree": "chain", "acceptance": "rejection"},
     "cp:siblings": {"tree": "2x2x1", "acceptance": "rejection"},
     "cp:tree": {"tree": "2x2x1"},
+    "cp:whole": {"tree": "2x2x1"},
     "ngram": {},
     "ngram:chain": {"drafts": 4},
     "ngram:tree": {"branches": "3x2x1"},
@@ -47,6 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "hidden_transfer:random": {"tree": "3x1"},
     "dmtd": {"cycle": 4, "early": 1, "late": 1, "lossless": True},
 }
+# Lossless beside plain decoding of their own: cycles of one; the mixture's first token.
+OWN_PLAIN = ("cp:whole", "dmtd")
 UNTRAINED = ("medusa:random", "hidden_transfer:random")
 # They run what others run, with other sizes or weights: at one batch size.
 AS_OTHERS = (
@@ -94,10 +98,12 @@ def _heads(label: str) -> Heads | None:
         return None
     if label in UNTRAINED:
         return heads.random(_model(), name)
-    if label != name:
+    whole = label == "cp:whole"
+    options: dict[str, Any] = {"trunk": "trained", "loss": "joint"} if whole else {}
+    if label != name and not options:
         return _heads(name)
     texts = [[*p, *c.token_ids] for p, c in zip(PROMPTS, _plain(), strict=True)]
-    return heads.fitted(_model(), texts[::2], name)
+    return heads.fitted(_model(), texts[::2], name, **options)
 
 
 def _method(label: str, changed: Callable[[Any], Any] = lambda weights: weights) -> Any:
@@ -120,12 +126,12 @@ def _decode(
 
 
 def _reference(label: str) -> Any:
-    """Plain decoding; of DMTD, cycles of one."""
-    return methods.reference(_method(label)) if label == "dmtd" else methods.autoregressive()
+    own = label in OWN_PLAIN
+    return methods.reference(_method(label)) if own else methods.autoregressive()
 
 
 def _plain(label: str = "ar", **options: Any) -> list[Completion]:
-    return _answers("dmtd" if label == "dmtd" else "ar", **options)
+    return _answers(label if label in OWN_PLAIN else "ar", **options)
 
 
 @cache
@@ -135,6 +141,10 @@ def _answers(label: str, **options: Any) -> list[Completion]:
 
 def _logits(label: str, text: list[int], prompt: int) -> np.ndarray:
     params = _model().params
+    if label == "cp:whole":
+        found = _heads(label)
+        assert found is not None
+        return cp_oracle.first(found.weights, params, text)
     if label != "dmtd":
         return oracle.logits(params, text)[-1]
     places = dmtd_oracle.places(len(text), prompt, 1, "prompt")

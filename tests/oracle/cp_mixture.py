@@ -4,8 +4,43 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from mtd_jax.transformer.model import Parameters
+from tests.oracle import transformer
+
+
+def tables(
+    weights: Any, params: Parameters, text: list[int], ids: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[T, r] weights, [T, r, n, V] tables and [T, V] what the base says; of `ids`, if any."""
+    w, p = transformer.in_numpy(weights), transformer.in_numpy(params)
+    x = transformer.hidden(p, text)
+    e = transformer.normed(p, x)
+    if w.output is not None:
+        logits = np.einsum("td,rndv->trnv", e, w.output)
+    else:
+        moved = np.einsum("td,drnk->trnk", e, w.down)
+        moved = moved if w.up is None else np.einsum("trnk,rnkd->trnd", moved, w.up)
+        logits = (e[:, None, None] + moved) @ (p.embedding.T if p.head is None else p.head)
+    logits, plain = transformer.capped(logits, p.config), transformer.output(p, x)
+    if ids:
+        logits, plain = logits[..., ids], plain[..., ids]
+    return softmax(e @ w.gate), softmax(logits), softmax(plain)
+
+
+def first(weights: Any, params: Parameters, text: list[int]) -> np.ndarray:
+    """[V] log-probabilities of the next token by the mixture."""
+    w, p, _ = tables(weights, params, text)
+    return np.log(w[-1] @ p[-1, :, 0])
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
 
 
 def table(w: np.ndarray, p: np.ndarray) -> np.ndarray:

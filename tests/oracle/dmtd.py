@@ -5,7 +5,6 @@ late_in[i] = early[i] + head[i] * middle[i]      (a plain row of a prompt: middl
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from mtd_jax.transformer.model import Parameters
@@ -25,7 +24,7 @@ def logits(
     params: Parameters, tokens: list[int], place: list[int], early: int, late: int
 ) -> np.ndarray:
     """[T, V] logits of one text."""
-    p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+    p = transformer.in_numpy(params)
     first_late = params.config.num_layers - late
     x = np.stack([p.embedding[t] for t in tokens])
     from_early = transformer.layers(p, x, 0, early)

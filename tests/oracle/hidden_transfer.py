@@ -5,7 +5,6 @@ Nothing is shared with the model's own code but the oracle of a plain layer.
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from mtd_jax.transformer.model import Parameters
@@ -21,7 +20,7 @@ def pseudo_logits(
       maps: [D, D] of each step, the identity included.
       layers: that the text has passed where each map is applied.
     """
-    p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+    p = plain.in_numpy(params)
     embedded = np.stack([p.embedding[t] for t in tokens])
     hidden = [plain.layers(p, embedded, 0, n) for n in range(params.config.num_layers)]
     rows: dict[int, np.ndarray] = {}

@@ -15,9 +15,18 @@ from mtd_jax.transformer.model import Parameters
 
 def logits(params: Parameters, tokens: list[int]) -> np.ndarray:
     """[T, V] logits of one text."""
-    p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
-    x = layers(p, np.stack([p.embedding[t] for t in tokens]), 0, params.config.num_layers)
-    return output(p, x)
+    p = in_numpy(params)
+    return output(p, hidden(p, tokens))
+
+
+def in_numpy(params: Any) -> Any:
+    """Every leaf in float64."""
+    return jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+
+
+def hidden(p: Parameters, tokens: list[int]) -> np.ndarray:
+    """[T, D] what the last layer puts out; `p` holds numpy arrays."""
+    return layers(p, np.stack([p.embedding[t] for t in tokens]), 0, p.config.num_layers)
 
 
 def layers(
@@ -42,11 +51,19 @@ def layers(
 
 def output(p: Parameters, x: np.ndarray) -> np.ndarray:
     """[T, V] logits of what the last layer puts out."""
-    config = p.config
     head = p.embedding.T if p.head is None else p.head
-    out = _norm(x, p.final_norm, config) @ head
+    return capped(normed(p, x) @ head, p.config)
+
+
+def normed(p: Parameters, x: np.ndarray) -> np.ndarray:
+    """[T, D] behind the final norm."""
+    return _norm(x, p.final_norm, p.config)
+
+
+def capped(logits: np.ndarray, config: Any) -> np.ndarray:
+    """Squeezed, where the config says so."""
     cap = config.final_logit_softcap
-    return out if cap is None else cap * np.tanh(out / cap)
+    return logits if cap is None else cap * np.tanh(logits / cap)
 
 
 def greedy(

@@ -18,6 +18,7 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Requests
 from mtd_jax.decoding.sampling import SamplingRows
 from mtd_jax.transformer.model import Parameters
+from tests.oracle import cp_mixture as cp_oracle
 from tests.oracle import dmtd as dmtd_oracle
 from tests.oracle import sampling as sampling_oracle
 from tests.oracle import transformer as oracle
@@ -34,6 +35,7 @@ VOCAB = 13
 PROMPTS = ([3, 4, 5, 3, 4], [6, 1, 6])
 """The rows of a batch have them by turns."""
 DMTD = {"early": 1, "late": 1}
+WHOLE = {"trunk": "trained", "loss": "joint"}
 
 
 class _Drawn(NamedTuple):
@@ -43,7 +45,9 @@ class _Drawn(NamedTuple):
     accepted: int
 
 
-def _exact(name: str, params: Parameters, sampling: mtd.Sampling) -> dict[tuple[int, ...], float]:
+def _exact(
+    name: str, params: Parameters, found: Heads | None, sampling: mtd.Sampling
+) -> dict[tuple[int, ...], float]:
     """The probability of each prompt with every continuation of four tokens."""
     joint: dict[tuple[int, ...], float] = {}
     for which, prompt in enumerate(PROMPTS):
@@ -52,7 +56,7 @@ def _exact(name: str, params: Parameters, sampling: mtd.Sampling) -> dict[tuple[
             ways = {
                 (*way, token): chance * p
                 for way, chance in ways.items()
-                for token, p in enumerate(_next(name, params, prompt, [*way[1:]], sampling))
+                for token, p in enumerate(_next(name, params, found, prompt, [*way[1:]], sampling))
                 if p > 0
             }
         joint |= ways
@@ -60,11 +64,21 @@ def _exact(name: str, params: Parameters, sampling: mtd.Sampling) -> dict[tuple[
 
 
 def _next(
-    name: str, params: Parameters, prompt: list[int], answer: list[int], sampling: mtd.Sampling
+    name: str,
+    params: Parameters,
+    found: Heads | None,
+    prompt: list[int],
+    answer: list[int],
+    sampling: mtd.Sampling,
 ) -> list[float]:
-    """What plain decoding draws the next token from; of DMTD, cycles of one."""
+    """What plain decoding draws the next token from; of DMTD, cycles of one.
+
+    Of CP heads that were trained with their trunk, the mixture's first token.
+    """
     text = [*prompt, *answer]
-    if name == "dmtd":
+    if found is not None and found.options.get("trunk") == "trained":
+        logits = cp_oracle.first(found.weights, params, text)
+    elif name == "dmtd":
         places = dmtd_oracle.places(len(text), len(prompt), 1, "prompt")
         logits = dmtd_oracle.logits(params, text, places, **DMTD)[-1]
     else:
@@ -109,12 +123,12 @@ def _drawn(method: Any, params: Parameters, sampling: mtd.Sampling) -> _Drawn:
     return _Drawn(texts, drafted, accepted)
 
 
-def _heads(model: LanguageModel, name: str) -> Heads | None:
+def _heads(model: LanguageModel, name: str, trained: dict[str, Any]) -> Heads | None:
     """Heads that know a little."""
     if name not in mtd.methods.SPECS:
         return None
     texts = heads.answers(model, [*PROMPTS, PROMPTS[0][::-1], [9, 8, 7]], 20)
-    return heads.fitted(model, texts, name, steps=20, rank=2, tokens=4)
+    return heads.fitted(model, texts, name, steps=20, rank=2, tokens=4, **trained)
 
 
 @pytest.mark.slow
@@ -142,6 +156,16 @@ def _heads(model: LanguageModel, name: str) -> Heads | None:
             mtd.Sampling(1.5, top_k=6, presence_penalty=0.5),
         ),
         (
+            "cp",
+            {"tree": "chain", "acceptance": "rejection", **WHOLE},
+            mtd.Sampling(1.2, top_k=6, frequency_penalty=0.3),
+        ),
+        (
+            "cp",
+            {"tree": "2x2x1", "acceptance": "rejection", **WHOLE},
+            mtd.Sampling(1.5, top_k=6, presence_penalty=0.5),
+        ),
+        (
             "dmtd",
             {"cycle": 4, "lossless": True, **DMTD},
             mtd.Sampling(
@@ -153,16 +177,20 @@ def _heads(model: LanguageModel, name: str) -> Heads | None:
             ),
         ),
     ],
-    ids=["self_speculative:threshold", "self_speculative", "cp", "cp:siblings", "dmtd"],
+    ids=[
+        *("self_speculative:threshold", "self_speculative", "cp", "cp:siblings"),
+        *("cp:whole", "cp:whole:siblings", "dmtd"),
+    ],
 )
 def test_tokens_are_drawn_from_the_model(
     name: str, options: dict[str, Any], sampling: mtd.Sampling
 ) -> None:
     model = tiny.decided(tiny.language_model(tiny.config(vocab_size=VOCAB)))
-    method = mtd.methods.make_method(name, options, _heads(model, name))
+    known = _heads(model, name, WHOLE if options.keys() >= WHOLE.keys() else {})
+    method = mtd.methods.make_method(name, options, known)
     found = _drawn(method, model.params, sampling)
     assert 0.1 * found.drafted < found.accepted < found.drafted  # both ways are taken, often
-    exact = _exact(name, model.params, sampling)
+    exact = _exact(name, model.params, known, sampling)
     assert found.texts.keys() <= exact.keys()
     # Rare outcomes together with the rarest of the others, so that every cell expects enough.
     order = sorted(exact, key=exact.__getitem__, reverse=True)
