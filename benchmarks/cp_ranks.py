@@ -33,6 +33,7 @@ from mtd_jax.convert.atomic import write_file
 from mtd_jax.convert.method_files import FILE
 from mtd_jax.evaluation import environment, plot
 from mtd_jax.evaluation.bench import bench
+from mtd_jax.parameters import count
 from mtd_jax.training.config import read_config
 from mtd_jax.training.log import read_log
 from mtd_jax.training.rows import Rows
@@ -101,16 +102,19 @@ def _decoded(directory: Path, texts: Rows, new_tokens: int) -> dict[str, Any]:
     heads = mtd.load_heads(directory / "heads", model)
     prompts = _prompts(texts)
 
-    def row(drafting: Any, **options: Any) -> Any:
+    def rows(drafting: Any, **options: Any) -> Any:
         made = {"ar": lambda _: methods.cp(heads, tree="none"), "cp": lambda _: drafting}
         options = {"max_new_tokens": new_tokens, "ignore_eos": True} | options
-        return bench(model, made, prompts, **options).rows[1]
+        return bench(model, made, prompts, **options).rows
 
     testing = methods.cp(heads, tree="chain", acceptance="rejection")
-    drawn = row(testing, sampling=mtd.Sampling(temperature=1.0))
-    greedy = row(methods.cp(heads, tree="chain"), repeats=1)
+    plain, drawn = rows(testing, sampling=mtd.Sampling(temperature=1.0))
+    greedy = rows(methods.cp(heads, tree="chain"), repeats=1)[1]
     measured = drawn.metrics.to_dict()
     return {
+        "parameters": {"model": count(model.params), "heads": count(heads.weights)},
+        "plain_tokens_per_second": round(plain.decode_tokens_per_second, 1),
+        "tokens_per_second": round(drawn.decode_tokens_per_second, 1),
         "mean_acceptance_length": measured["mean_acceptance_length"],
         "per_position_acceptance": measured["per_position_acceptance"],
         "tokens_per_forward": measured["tokens_per_forward"],
@@ -124,7 +128,8 @@ def _prompts(texts: Rows) -> list[Prompt]:
     """The beginnings of some rows, over all of the texts."""
     chosen = range(0, len(texts), max(1, len(texts) // PROMPTS))[:PROMPTS]
     pieces = {i: texts[i].tokens[:PROMPT_BYTES].tolist() for i in chosen}
-    return [Prompt(str(i), token_ids=tuple(piece)) for i, piece in pieces.items()]
+    # Seeds of their own: with one, all texts would draw with the same noise.
+    return [Prompt(str(i), token_ids=tuple(piece), seed=i) for i, piece in pieces.items()]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-r"""What heads were trained on, and how often their guesses were right on held-out answers.
+r"""How often the guesses of trained heads were right on held-out answers, and their last losses.
 
     python -m benchmarks.guesses runs/cp-1/heads runs/cp-2/heads runs/cp-4/heads \
         --out benchmarks/results/cpu-cp-guesses.json
 
-Nothing is measured here: `mtd train` did at its end, and wrote it into `method.json`.
+Nothing is measured here: `mtd train` did, and wrote it into `method.json` and, beside it, its log.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mtd_jax.convert.atomic import write_file
 from mtd_jax.convert.method_files import read_method
 from mtd_jax.decoding.heads import ACCURACIES
 from mtd_jax.evaluation import environment
+from mtd_jax.training.log import read_log
 
 _KEPT = (ACCURACIES, "top1", "positions", "steps", "versions", "command", "commit")
 
@@ -30,6 +31,8 @@ def main() -> None:
     for directory in args.heads:
         file = read_method(directory)
         kept = {key: file.record[key] for key in _KEPT if key in file.record}
+        evaluated = [line for line in read_log(directory.parent) if "held_out_loss" in line]
+        kept |= {k: round(v, 5) for k, v in evaluated[-1].items() if k.startswith("held_out_")}
         rows.append({"method": file.method, "options": dict(file.options), **kept})
         print(file.method, dict(file.options), kept.get("top1"))
     result = {
