@@ -96,20 +96,53 @@ def cp_ranks(*names: str) -> str:
         for rank in sorted({row["rank"] for row in found}):
             seeds = [row for row in found if row["rank"] == rank]
             cells = (_spread([row[key] for row in seeds]) for key in _OF_RANKS)
+            own = f"{seeds[0]['parameters']['heads'] / 1e3:.0f} k"
+            speeds = (
+                f"{statistics.mean(row[key] for row in seeds):.0f}"
+                for key in ("plain_tokens_per_second", "tokens_per_second")
+            )
             balance = f"{seeds[0]['balance']:g}"
-            rows.append([str(rank), balance, str(len(seeds)), *cells])
-    return table(["rank", "balance", "seeds", *_OF_RANKS.values()], rows)
+            rows.append([str(rank), balance, str(len(seeds)), own, *cells, *speeds])
+    head = ["rank", "balance", "seeds", "parameters of the heads", *_OF_RANKS.values()]
+    return table([*head, "tokens/s without drafts", "with"], rows)
+
+
+def cp_losses() -> str:
+    """What CP heads over a trained base come to on held-out answers, by rank."""
+    found = sorted(result_of("cpu-cp-guesses")["rows"], key=lambda r: int(r["options"]["rank"]))
+    rows = [
+        [str(row["options"]["rank"]), *(f"{row[f'held_out_{key}']:.3f}" for key in _LOSSES)]
+        for row in found
+    ]
+    return table(["rank", *_LOSSES.values()], rows)
+
+
+_LOSSES = {
+    "joint": "joint loss of four tokens",
+    "conditional_1": "first token",
+    "conditional_2": "second, given the first",
+    "usage_entropy": "entropy of usage",
+}
 
 
 def cp_overhead() -> str:
     """What CP heads read and take beside one row through the base's output head."""
     rows = result_of("cpu-cp-overhead")["rows"]
-    head = ["", *(f"r = {row['rank']}, n = {row['tokens']}" for row in rows)]
-    cells = {"bytes": "bytes_ratio", "time": "ratio"}
-    lines = ([name, *(f"{row[key]:.2f}x" for row in rows)] for name, key in cells.items())
+    sizes = dict.fromkeys((row["rank"], row["tokens"]) for row in rows)
+    head = ["", *(f"r = {rank}, n = {tokens}" for rank, tokens in sizes)]
+    lines = [
+        [
+            f"{name}, {count:,} tokens",
+            *(f"{row[key]:.2f}x" for row in rows if row["vocabulary"] == count),
+        ]
+        for count in dict.fromkeys(row["vocabulary"] for row in rows)
+        for name, key in (("bytes", "bytes_ratio"), ("time", "ratio"))
+    ]
     return table(head, lines)
 
 
 def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     half = (max(values) - min(values)) / 2
     return f"{statistics.mean(values):.3f} ± {half:.3f}"
