@@ -51,14 +51,21 @@ def test_from_a_config_to_a_proof(place: Path, trunk: str) -> None:
         *("--method", "cp", "--heads", out / "heads"),
         *("--prompts", place / "prompts.jsonl", "--max-new-tokens", "12", "--json"),
     ]
-    seen, verified, drawn = run_commands(
+    raced: list[str | Path] = [
+        *("bench", "--methods", "ar,cp:tree=2x1", "--repeats", "1", *words[:2]),
+        *("--heads", out / "heads", "--prompts", place / "prompts.jsonl", "--max-new-tokens", "4"),
+    ]
+    seen, verified, drawn, race = run_commands(
         [
             ["inspect", out / "heads", "--json"],
             ["verify", *words, "--option", "tree=2x1"],
             ["generate", *words, "--option", "acceptance=rejection", "--temperature", "0.7"],
+            raced,
         ]
     )
-    assert [o.code for o in (seen, verified, drawn)] == [0] * 3, [seen.err, verified.err, drawn.err]
+    assert [o.code for o in (seen, verified, drawn, race)] == [0] * 4, [seen.err, verified.err]
+    # Heads that were trained with their trunk make another model of it.
+    assert ("cp:tree=2x1 is another model than ar" in race.out) == whole
     assert json.loads(verified.out)["passed"]
     summary = json.loads(seen.out)
     assert summary["options"]["rank"] == 2
