@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
     parser.add_argument("--skip", default="configs/methods/smollm2-135m-self-speculative")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -58,7 +59,7 @@ def main() -> None:
         for p in prompts
     ]
     rows = _done(args)
-    left = [label for label in METHODS if label not in {row["method"] for row in rows}]
+    left = [label for label in args.methods if label not in {row["method"] for row in rows}]
     plain = answers(mtd.methods.autoregressive()) if left else []
     for label in left:
         name, *options = label.split(":")
