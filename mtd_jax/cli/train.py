@@ -182,6 +182,7 @@ def fit_and_write(run: Run) -> Outcome:
 
 def _dry_look(run: Run) -> dict[str, Any]:
     config = run.config
+    behind = behind_step(run)  # before anything is compiled
     state, frozen, _ = abstract_step(config, run.model, run.trainer, run.mesh)
     memory = step_memory(config, run.model, run.trainer, run.mesh)
     _, tokenizer = read_description(config.model)
@@ -192,7 +193,7 @@ def _dry_look(run: Run) -> dict[str, Any]:
         "frozen_parameters": count(frozen),
         "batch": [config.data.batch_size, config.data.length],
         "steps": config.optimizer.steps,
-        "goes_on_behind_step": behind_step(run),
+        "goes_on_behind_step": behind,
         "data": {
             "train": _statistics(run.train),
             **({} if run.held_out is None else {"held_out": _statistics(run.held_out)}),

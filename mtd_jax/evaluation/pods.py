@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mtd_jax import methods, parameters
@@ -127,7 +128,8 @@ def train_step(config: TrainConfig, model: ModelConfig, topology: Topology) -> C
     trainer = Trainer.of(config, "tpu")
     state, frozen, _ = abstract_step(config, model, trainer, mesh)
     tokens = config.data.batch_size * config.data.length
-    seen = (config.data.length + 1) / 2
+    whole = np.ones((1, config.data.length), np.int32)
+    seen = utilization.mean_keys_seen(model, whole)
     operations = trainer.objective.flops(state.trainable, frozen)
     backward = reaches_layers(state.trainable)
     operations += utilization.attention_flops(model, seen, backward=backward)

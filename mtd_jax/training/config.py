@@ -30,6 +30,8 @@ Config = TypeVar("Config")
 
 _LARGEST = 3e38
 """About the largest float32."""
+_GREATEST_RATE = 1e3
+_LEAST_EPSILON = 1e-20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,8 @@ class OptimizerConfig:
     decay: float = 0.2
     """Share of the steps, for `wsd`."""
     final: float = 0.1
-    """The last learning rate, as a share of the first."""
+    """What the learning rate falls to, as a share of the peak: it would be that of the step behind
+    the last."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -312,6 +315,15 @@ def _check(config: TrainConfig) -> None:
             raise InputError(
                 f"optimizer.{key} must be a number between 0 and {_LARGEST:g}, got {value}"
             )
+    # With these no update of AdamW overflows whose gradient did not.
+    for key in ("learning_rate", "weight_decay"):
+        value = _value(config, f"optimizer.{key}")
+        if value > _GREATEST_RATE:
+            raise InputError(f"optimizer.{key} must be at most {_GREATEST_RATE:g}, got {value:g}")
+    if config.optimizer.epsilon < _LEAST_EPSILON:
+        raise InputError(
+            f"optimizer.epsilon must be at least {_LEAST_EPSILON:g}, got {config.optimizer.epsilon}"
+        )
     if config.seed >= 2**32:
         raise InputError(f"seed must be less than 2^32, got {config.seed}")
     if not 0 <= config.data.held_out_fraction < 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mtd_jax.errors import InputError
 from mtd_jax.training.config import LogConfig
+from mtd_jax.typing import is_number
 
 FILE = "log.jsonl"
 
@@ -102,14 +103,18 @@ def read_log(directory: Path) -> list[dict[str, float]]:
     path = directory / FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    found = []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    found: list[dict[str, float]] = []
     for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
         try:
-            if line:
-                found.append(json.loads(line))
+            values = json.loads(line.decode("utf-8"))
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
+        if not isinstance(values, dict) or not is_number(values.get("step")):
+            raise InputError(f"{path}, line {number} is no line of a log")
+        found.append(values)
     return found
 
 

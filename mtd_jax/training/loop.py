@@ -170,7 +170,9 @@ def _fit(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> Outcome:
     config, trainer = run.config, run.trainer
     base = run.load()
     about = _about(run, base.fingerprint)
-    check_same_everywhere(about)
+    # The texts that it is measured on may change from start to start, not from host to host.
+    measured_on = [None if run.held_out is None else run.held_out.fingerprint, *run.prompts]
+    check_same_everywhere({**about, "measured_on": measured_on})
     newest = checkpoints.latest
     if newest is not None:  # before heads are made, which compiles
         check_same_run(checkpoints.about(newest), about)
@@ -287,7 +289,8 @@ class _Loop:
             values = fetched[failed - begin]
             raise RunError(
                 f"step {failed + 1}: loss {float(values['loss']):g}, gradient norm "
-                f"{float(values['gradient_norm']):g}; nothing was learned from it. The newest "
+                f"{float(values['gradient_norm']):g}, learning rate "
+                f"{float(values['learning_rate']):g}; nothing was learned from it. The newest "
                 f"checkpoint is behind step {self._checkpoints.latest or 0}"
             )
         self._log.progress(
@@ -317,9 +320,8 @@ def flops_per_token(run: Run, trainable: Any, frozen: Any) -> float:
     # From all over: first-fit leaves the small pieces to the first rows.
     rows = range(0, len(run.train), max(1, len(run.train) // _SAMPLED_ROWS))
     segments = np.stack([run.train[i].segments for i in rows])
-    attention = utilization.attention_flops(
-        run.model, utilization.keys_seen(segments), backward=reaches_layers(trainable)
-    )
+    keys = utilization.mean_keys_seen(run.model, segments)
+    attention = utilization.attention_flops(run.model, keys, backward=reaches_layers(trainable))
     return run.trainer.objective.flops(trainable, frozen) + attention
 
 

@@ -148,12 +148,14 @@ class Trainer:
 
     def _update(self, state: TrainState, grads: Any, totals: Totals) -> tuple[TrainState, Totals]:
         norm = optax.tree.norm(grads)
-        sound = jnp.isfinite(norm) & jnp.isfinite(totals["loss"]) & (state.failed < 0)
         # optax promotes its step counts to floats by itself.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self.optimizer.update(grads, state.optimizer, state.trainable)
             rate = jnp.asarray(self.schedule(state.step), jnp.float32)
         updated = optax.apply_updates(state.trainable, updates)
+        # Then AdamW's update is finite too: the config bounds its epsilon and its rate.
+        finite = [jnp.isfinite(x) for x in (totals["loss"], norm, rate)]
+        sound = jnp.all(jnp.stack(finite)) & (state.failed < 0)
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(sound, new, old)

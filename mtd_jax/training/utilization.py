@@ -55,7 +55,11 @@ def weights_in_products(params: Parameters) -> int:
 
 
 def attention_flops(config: ModelConfig, keys_seen: float, *, backward: bool = True) -> float:
-    """Operations a token for scores and values, forward and, if it is run, backward."""
+    """Operations a token for scores and values, forward and, if it is run, backward.
+
+    Args:
+      keys_seen: in the mean of the layers, where these have different windows.
+    """
     return (
         (12.0 if backward else 4.0)
         * config.num_layers
@@ -65,14 +69,25 @@ def attention_flops(config: ModelConfig, keys_seen: float, *, backward: bool = T
     )
 
 
-def keys_seen(segments: np.ndarray) -> float:
-    """Mean number of keys that a token sees; [rows, T] segment numbers, 0 is padding."""
+def keys_seen(segments: np.ndarray, window: int | None = None) -> float:
+    """Mean number of keys that a token sees, of the last `window` if there is one.
+
+    Args:
+      segments: [rows, T] segment numbers, 0 is padding.
+    """
     seen = tokens = 0
     for row in segments:
         for count in np.bincount(row)[1:].tolist():
-            seen += count * (count + 1) // 2
+            near = count if window is None else min(count, window)
+            seen += near * (near + 1) // 2 + (count - near) * near
             tokens += count
     return seen / max(tokens, 1)
+
+
+def mean_keys_seen(config: ModelConfig, segments: np.ndarray) -> float:
+    """`keys_seen` in the mean of the layers, each with its window."""
+    windows = config.sliding_windows or (None,)
+    return sum(keys_seen(segments, window) for window in windows) / len(windows)
 
 
 def peak_of(kind: str) -> float | None:

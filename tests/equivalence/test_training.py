@@ -162,28 +162,31 @@ def test_another_run_is_refused(place: Path, reference: Any) -> None:
         fit(make_run(place, out=out, model=str(other / "model")))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_that_is_not_finite_stops_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    """The third update makes the weights infinite, so the fourth step is the one that fails."""
-    monkeypatch.setattr(
-        "mtd_jax.training.optimizer.make_schedule",
-        lambda config: lambda count: jnp.where(count == 2, jnp.inf, 3e-3),
-    )
+    """The third one; nothing of it is learned, or saved, whether its step saves or not."""
+    for module in ("optimizer", "step"):
+        monkeypatch.setattr(
+            f"mtd_jax.training.{module}.make_schedule",
+            lambda config: lambda count: jnp.where(count == 2, jnp.inf, 3e-3),
+        )
     run = make_run(
         place,
-        out=str(place / "diverged"),
-        checkpoint__every=2,
+        out=str(place / f"diverged-{every}"),
+        checkpoint__every=every,
         evaluate__every=2,
         log__every=5,
     )
     said = (
-        r"step 4: loss nan, .*nothing was learned from it\. The newest checkpoint is behind step 2"
+        r"step 3: .*, learning rate inf; nothing was learned from it\. "
+        r"The newest checkpoint is behind step 2"
     )
     with pytest.raises(RunError, match=said):
         fit(run)
     steps = [line["step"] for line in log_of(run.directory) if "loss" in line]
-    assert steps == [1, 2, 3]
+    assert steps == [1, 2]
     trainable, _ = run.trainer.objective.split(run.load().params)
     checkpoints = Checkpoints(run.directory / "checkpoints", CheckpointConfig())
     assert checkpoints.latest == 2
@@ -191,6 +194,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     checkpoints.close()
     assert int(state.step) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.trainable)))
+
+
+def test_processes_compare_what_they_measure_on_too(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out rows that differ from host to host would be averaged, or never meet."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("mtd_jax.training.loop.check_same_everywhere", told.append)
+    for seed in (2, 3):
+        write_texts(place, seed=seed)
+        out, texts = str(place / f"host-{seed}"), [str(place / f"texts-{seed}.jsonl")]
+        own = {"data__held_out": texts, "data__held_out_fraction": 0.0}
+        fit(make_run(place, out=out, optimizer__steps=1, **own))
+    measured_on = [about.pop("measured_on") for about in told]
+    assert measured_on[0] != measured_on[1]
+    assert told[0]["rows"] == told[1]["rows"]
 
 
 # --- the objective ------------------------------------------------------------------------------

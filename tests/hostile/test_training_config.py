@@ -17,6 +17,8 @@ _LONG = "0x" + "f" * 5000
     ("more", "changes", "message"),
     [
         (f"[optimizer]\nlearning_rate = {'9' * 400}\n", [], "optimizer.learning_rate must be a 64"),
+        ("[optimizer]\nepsilon = 0\n", [], "optimizer.epsilon must be at least"),
+        ("[optimizer]\nlearning_rate = 1e30\n", [], "optimizer.learning_rate must be at most"),
         (f"[optimizer]\nclip = {_LONG}\n", [], "optimizer.clip must be a 64-bit number"),
         (f"[optimizer]\nsteps = {'9' * 5000}\n", [], "cannot read"),
         (f"[options]\nlist = [[{_LONG}]]\n", [], "options.list must be a 64-bit number"),
@@ -24,7 +26,17 @@ _LONG = "0x" + "f" * 5000
         ("", [f"optimizer.steps={'9' * 5000}"], "--set optimizer.steps: "),
         ("", [f"seed={'[' * 100_000}"], "--set seed: "),
     ],
-    ids=["float", "hexadecimal", "digits", "options", "set", "set digits", "set depth"],
+    ids=[
+        "float",
+        "epsilon",
+        "rate",
+        "hexadecimal",
+        "digits",
+        "options",
+        "set",
+        "set digits",
+        "set depth",
+    ],
 )
 def test_odd_values_are_one_line(
     more: str, changes: list[str], message: str, tmp_path: Path

@@ -86,9 +86,12 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(
     checkpoints.close()
 
 
-def test_a_log_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\nnothing\n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"log.jsonl, line 2: "):
+@pytest.mark.parametrize(
+    "line", [b"nothing", b'{"loss": 1}', b'{"step": null}', b"[1]", b'{"step": 1, "x": "\xff"}']
+)
+def test_a_log_that_is_none_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(InputError, match=r"log.jsonl, line 2"):
         read_log(tmp_path)
 
 

@@ -87,6 +87,7 @@ def test_flops_of_a_model_counted_by_hand() -> None:
 def test_keys_seen() -> None:
     """Documents of 3 and 1 tokens: 1 + 2 + 3 and 1 keys, over 4 tokens."""
     assert utilization.keys_seen(np.array([[1, 1, 1, 2, 0]])) == 7 / 4
+    assert utilization.keys_seen(np.array([[1, 1, 1, 1, 0]]), window=2) == 7 / 4
     assert utilization.keys_seen(np.zeros((1, 4), np.int32)) == 0
 
 
