@@ -150,6 +150,7 @@ def lossless() -> str:
             str(row.get("num_accepted_draft_tokens", "-")),
             *(str(row[k]) for k in ("identical", "ties", "failed")),
         ]
-        for row in result_of("cpu-lossless")["rows"]
+        for name in ("cpu-lossless", "cpu-lossless-heads")
+        for row in result_of(name)["rows"]
     )
     return table(head, rows)
