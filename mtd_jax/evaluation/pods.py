@@ -129,7 +129,7 @@ def train_step(config: TrainConfig, model: ModelConfig, topology: Topology) -> C
     state, frozen, _ = abstract_step(config, model, trainer, mesh)
     tokens = config.data.batch_size * config.data.length
     whole = np.ones((1, config.data.length), np.int32)
-    seen = utilization.mean_keys_seen(model, whole)
+    seen = utilization.keys_seen(model, whole)
     operations = trainer.objective.flops(state.trainable, frozen)
     backward = reaches_layers(state.trainable)
     operations += utilization.attention_flops(model, seen, backward=backward)

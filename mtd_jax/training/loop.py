@@ -320,7 +320,7 @@ def flops_per_token(run: Run, trainable: Any, frozen: Any) -> float:
     # From all over: first-fit leaves the small pieces to the first rows.
     rows = range(0, len(run.train), max(1, len(run.train) // _SAMPLED_ROWS))
     segments = np.stack([run.train[i].segments for i in rows])
-    keys = utilization.mean_keys_seen(run.model, segments)
+    keys = utilization.keys_seen(run.model, segments)
     attention = utilization.attention_flops(run.model, keys, backward=reaches_layers(trainable))
     return run.trainer.objective.flops(trainable, frozen) + attention
 

@@ -10,6 +10,7 @@ do padding tokens.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from typing import Any
@@ -69,25 +70,19 @@ def attention_flops(config: ModelConfig, keys_seen: float, *, backward: bool = T
     )
 
 
-def keys_seen(segments: np.ndarray, window: int | None = None) -> float:
-    """Mean number of keys that a token sees, of the last `window` if there is one.
+def keys_seen(config: ModelConfig, segments: np.ndarray) -> float:
+    """Mean number of keys that a token sees in a layer, of all layers with their windows.
 
     Args:
       segments: [rows, T] segment numbers, 0 is padding.
     """
-    seen = tokens = 0
-    for row in segments:
-        for count in np.bincount(row)[1:].tolist():
-            near = count if window is None else min(count, window)
-            seen += near * (near + 1) // 2 + (count - near) * near
-            tokens += count
-    return seen / max(tokens, 1)
-
-
-def mean_keys_seen(config: ModelConfig, segments: np.ndarray) -> float:
-    """`keys_seen` in the mean of the layers, each with its window."""
     windows = config.sliding_windows or (None,)
-    return sum(keys_seen(segments, window) for window in windows) / len(windows)
+    lengths = [count for row in segments for count in np.bincount(row)[1:].tolist()]
+    seen = 0
+    for window, count in itertools.product(windows, lengths):
+        near = count if window is None else min(count, window)
+        seen += near * (near + 1) // 2 + (count - near) * near
+    return seen / max(sum(lengths), 1) / len(windows)
 
 
 def peak_of(kind: str) -> float | None:

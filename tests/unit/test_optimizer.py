@@ -86,9 +86,10 @@ def test_flops_of_a_model_counted_by_hand() -> None:
 
 def test_keys_seen() -> None:
     """Documents of 3 and 1 tokens: 1 + 2 + 3 and 1 keys, over 4 tokens."""
-    assert utilization.keys_seen(np.array([[1, 1, 1, 2, 0]])) == 7 / 4
-    assert utilization.keys_seen(np.array([[1, 1, 1, 1, 0]]), window=2) == 7 / 4
-    assert utilization.keys_seen(np.zeros((1, 4), np.int32)) == 0
+    plain, windows = tiny.config(), tiny.config(sliding_windows=(None, 2, 2))
+    assert utilization.keys_seen(plain, np.array([[1, 1, 1, 2, 0]])) == 7 / 4
+    assert utilization.keys_seen(windows, np.array([[1, 1, 1, 1, 0]])) == (10 + 7 + 7) / 4 / 3
+    assert utilization.keys_seen(plain, np.zeros((1, 4), np.int32)) == 0
 
 
 def test_peaks() -> None:
