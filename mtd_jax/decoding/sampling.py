@@ -182,15 +182,29 @@ def candidates(
     Args:
       vocabulary: whose columns these are; None: every token has one.
     """
+    scores = draft_scores(logits, rows, positions, vocabulary)
+    if count == 1:
+        return _argmax(scores)[:, None]
+    return jax.lax.top_k(scores, count)[1].astype(jnp.int32)
+
+
+def draft_scores(
+    logits: Float[Array, "B N"],
+    rows: SamplingRows,
+    positions: Int[Array, " B"],
+    vocabulary: DraftVocabulary | None = None,
+) -> Float[Array, "B N"]:
+    """What `candidates` ranks columns by: the logits, of rows that draw with the draw's noise.
+
+    Given that noise, their softmax says how likely a column is the one drawn, if the logits are off
+    by noise of the same kind.
+    """
 
     def noisy() -> jax.Array:
         drawn = _noisy(logits, rows, positions, vocabulary)
         return jnp.where(rows.temperature[:, None] > 0, drawn, logits)
 
-    scores = jax.lax.cond(jnp.any(rows.temperature > 0), noisy, lambda: logits)
-    if count == 1:
-        return _argmax(scores)[:, None]
-    return jax.lax.top_k(scores, count)[1].astype(jnp.int32)
+    return jax.lax.cond(jnp.any(rows.temperature > 0), noisy, lambda: logits)
 
 
 def log_probabilities(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Array, "B V"]:

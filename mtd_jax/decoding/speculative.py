@@ -12,6 +12,7 @@ from flax import struct
 from mtd_jax.decoding import verify
 from mtd_jax.decoding.method import DecodeState, Extend, Output
 from mtd_jax.decoding.penalties import penalized
+from mtd_jax.decoding.row_trees import AnyTree, in_rows
 from mtd_jax.decoding.sampling import log_probabilities, position_keys, sample
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.transformer.cache import KVCache
@@ -47,7 +48,7 @@ class Pass(struct.PyTreeNode):
 def verify_drafts(
     params: Parameters,
     state: DecodeState,
-    tree: TokenTree,
+    tree: AnyTree,
     drafts: Int[Array, "B drafts"],
     *,
     acceptance: Acceptance = "exact",
@@ -63,7 +64,7 @@ def verify_drafts(
       acceptance: `exact`: at every node a token is drawn with the key of its position, so that what
         is emitted is what plain decoding emits, at any temperature. `typical` is lossy.
     """
-    useful = jnp.asarray(tree.depth)[None, 1:] <= state.useful_drafts[:, None]
+    useful = in_rows(tree).depth[:, 1:] <= state.useful_drafts[:, None]
     drafts = jnp.where(useful, drafts, -1)
     on_tree = jnp.pad(drafts, ((0, 0), (1, 0)))
     x, logits, positions, cache = _target_logits(params, state, tree, on_tree, extend, output)
@@ -159,23 +160,24 @@ def in_place_switch(
 def _target_logits(
     params: Parameters,
     state: DecodeState,
-    tree: TokenTree,
+    tree: AnyTree,
     on_tree: Int[Array, "B M"],
     extend: Extend = extend,
     output: Output = unembed,
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
     """Rows [B, M, W] and penalised logits [B, M, V] of all nodes, places [B, M] of what follows."""
     on_tree = on_tree.at[:, 0].set(state.pending)
-    ancestors = None if tree.is_chain else tree.ancestors
+    rows = in_rows(tree)
+    ancestors = None if tree.is_chain else rows.ancestors
     tokens = jnp.maximum(on_tree, 0)
     x, cache = extend(params, state.cache, tokens, ancestors=ancestors, active=state.active)
     # The root is in the text already, and a path repeats its last node: -1 is nothing.
-    ways = jnp.asarray(tree.paths)
-    fresh = (ways > 0) & (jnp.arange(ways.shape[1])[None, :] <= jnp.asarray(tree.depth)[:, None])
-    on_way = jnp.where(fresh[None], on_tree[:, ways], -1)
+    places = jnp.arange(rows.paths.shape[2])[None, None, :]
+    fresh = (rows.paths > 0) & (places <= rows.depth[:, :, None])
+    on_way = jnp.where(fresh, jnp.take_along_axis(on_tree[:, None, :], rows.paths, axis=2), -1)
     out = output(params, x[..., : params.config.hidden_size])
     logits = penalized(out, state.requests.sampling, state.history, on_way)
-    positions = state.cache.length[:, None] + 1 + jnp.asarray(tree.depth)[None, :]
+    positions = state.cache.length[:, None] + 1 + rows.depth
     return x, logits, positions, cache
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mtd_jax.decoding.row_trees import AnyTree, in_rows
 from mtd_jax.decoding.sampling import typed
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.typing import Array, Bool, Float, Int, Leaf, UInt32
@@ -43,21 +44,21 @@ class Verdict(struct.PyTreeNode):
     """[B, depth + 1] int32: the drafts kept and the bonus token behind them; the rest is noise."""
 
 
-def walk(tree: TokenTree, drafts: Int[Array, "B M"], drawn: Int[Array, "B M"]) -> Verdict:
+def walk(tree: AnyTree, drafts: Int[Array, "B M"], drawn: Int[Array, "B M"]) -> Verdict:
     """Follows the tokens that the model draws through the tree.
 
     Args:
       drafts: the tokens on the tree; the root's is not looked at, -1 is no draft.
       drawn: at each node, a token from the model's distribution of what follows it.
     """
-    parents = jnp.asarray((0, *tree.parents), jnp.int32)
-    matches = (drafts == drawn[:, parents]) & (drafts != _NO_TOKEN)
+    above = jnp.take_along_axis(drawn, in_rows(tree).parents, axis=1)
+    matches = (drafts == above) & (drafts != _NO_TOKEN)
     path, accepted = _deepest(tree, matches)
     return Verdict(path=path, accepted=accepted, tokens=jnp.take_along_axis(drawn, path, axis=1))
 
 
 def typical(
-    tree: TokenTree,
+    tree: AnyTree,
     drafts: Int[Array, "B M"],
     drawn: Int[Array, "B M"],
     log_p: Float[Array, "B M V"],
@@ -68,13 +69,15 @@ def typical(
     model's distribution p at its parent: the surer the model, the stricter the test. Where
     probabilities are one-hot (temperature 0) this is `walk`.
     """
-    parents = jnp.asarray((0, *tree.parents), jnp.int32)
+    parents = in_rows(tree).parents
     # -inf * 0 is NaN: a token without probability adds nothing to the entropy.
     plogp = jnp.where(jnp.isfinite(log_p), jnp.exp(log_p) * log_p, 0.0)
     threshold = jnp.minimum(TYPICAL_EPSILON, TYPICAL_DELTA * jnp.exp(jnp.sum(plogp, axis=-1)))
     asked = jnp.maximum(drafts, 0)[:, :, None]
-    p_draft = jnp.exp(jnp.take_along_axis(log_p[:, parents], asked, axis=-1))[..., 0]
-    kept = (p_draft > threshold[:, parents]) & (drafts != _NO_TOKEN)
+    above = jnp.take_along_axis(log_p, parents[:, :, None], axis=1)
+    p_draft = jnp.exp(jnp.take_along_axis(above, asked, axis=-1))[..., 0]
+    strict = jnp.take_along_axis(threshold, parents, axis=1)
+    kept = (p_draft > strict) & (drafts != _NO_TOKEN)
     path, accepted = _deepest(tree, kept)
     # Drafts as they are, then the draw at the last node.
     below = jnp.take_along_axis(drafts, jnp.roll(path, -1, axis=1), axis=1)
@@ -192,17 +195,14 @@ def draw_siblings(
     return jax.lax.top_k(log_q + noise, count)[1].astype(jnp.int32)
 
 
-def _deepest(tree: TokenTree, kept: Bool[Array, "B M"]) -> tuple[jax.Array, jax.Array]:
+def _deepest(tree: AnyTree, kept: Bool[Array, "B M"]) -> tuple[jax.Array, jax.Array]:
     """Path and depth of the deepest node that is kept with all its ancestors."""
-    ancestors = jnp.asarray(tree.ancestors)
-    alive = jnp.all(kept[:, None, :] | ~ancestors[None] | _root(tree), axis=-1)
-    depth = jnp.asarray(tree.depth)
-    last = jnp.argmax(jnp.where(alive, depth[None, :], -1), axis=1)
-    return jnp.asarray(tree.paths)[last], depth[last]
-
-
-def _root(tree: TokenTree) -> jax.Array:
-    return (jnp.arange(tree.size, dtype=jnp.int32) == 0)[None, None, :]
+    rows = in_rows(tree)
+    kept = kept.at[:, 0].set(True)  # the root is in the text already
+    alive = jnp.all(kept[:, None, :] | ~rows.ancestors, axis=-1)
+    last = jnp.argmax(jnp.where(alive, rows.depth, -1), axis=1)[:, None]
+    path = jnp.take_along_axis(rows.paths, last[:, :, None], axis=1)[:, 0]
+    return path, jnp.take_along_axis(rows.depth, last, axis=1)[:, 0]
 
 
 def _widest(tree: TokenTree, depth: int) -> int:

@@ -192,7 +192,8 @@ def cp(heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact") -
 
     Args:
       heads: from `load_heads`.
-      tree: as for `medusa`; every node's children follow from the tokens on the way to it.
+      tree: as for `medusa`, but a chain aside it says only how many drafts and how deep: they stand
+        on the likeliest paths, which form another tree in every step (with `rejection`: on it).
       acceptance: `exact`: drafts are kept where the model draws the same; `rejection`: drafts
         are drawn from the mixture, siblings without replacement, each kept with probability
         min(1, p / q), lossless too; `typical`: what is likely enough (lossy).

@@ -1,9 +1,10 @@
 """Decoding with CP heads: drafts from the mixture's conditionals, exactly (arXiv 2410.17765).
 
 The heads are evaluated once a step, at the row that the newest token was drawn from. Given that
-token, the experts are weighted anew, and the tokens behind it follow one by one, along a chain or
-along every path of a tree. The pass that verifies them makes the next such row: none is for
-drafting alone.
+token, the experts are weighted anew, and the tokens behind it follow one by one: along a chain; or
+on the tree of the likeliest paths (`cp_beam`), another one for every text and step; or drawn, on a
+tree of fixed shape. The pass that verifies them makes the next such row: none is for drafting
+alone.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from mtd_jax.decoding.draft_vocabulary import (
 )
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import DecodeState
+from mtd_jax.decoding.row_trees import AnyTree, RowTrees
 from mtd_jax.decoding.sampling import SamplingRows, candidates, log_probabilities
 from mtd_jax.decoding.speculative import verify_drafts, verify_draws
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.errors import InputError
 from mtd_jax.methods import cp_mixture
+from mtd_jax.methods.cp_beam import likeliest_paths
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cp_weights import CPWeights
 from mtd_jax.methods.drafting import Known, TreeDrafting, choose_trees
 from mtd_jax.parameters import size_in_bytes
-from mtd_jax.transformer.linear import precision_of
 from mtd_jax.transformer.model import Parameters, normed
 from mtd_jax.typing import Array, Float, Int
 
@@ -89,23 +91,28 @@ class CP(TreeDrafting):
             nothing = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
             state, seen = verify_drafts(params, state, tree, nothing, output=self.output)
             return state.replace(extra=known.replace(row=seen.last_row))
-        drafts, log_q = self.drafts(params, known.row, state, tree)
         if self.drawn:
+            drafts, log_q = self.drafts(params, known.row, state, tree)
             many = jnp.full_like(state.pending, tree.max_depth)
             state, seen = verify_draws(
                 params, state, drafts, many, log_q, tree=tree, output=self.output
             )
         else:
+            shaped: AnyTree = tree
+            if tree.is_chain:
+                drafts, _ = self.drafts(params, known.row, state, tree)
+            else:
+                shaped, drafts = self.likeliest(params, known.row, state, tree)
             rule = self.acceptance
             state, seen = verify_drafts(
-                params, state, tree, drafts, acceptance=rule, output=self.output
+                params, state, shaped, drafts, acceptance=rule, output=self.output
             )
         return state.replace(extra=known.replace(row=seen.last_row))
 
     def drafts(
         self, params: Parameters, row: Float[Array, "B D"], state: DecodeState, tree: TokenTree
     ) -> tuple[Int[Array, "B drafts"], Float[Array, "B inner V"]]:
-        """Tokens of nodes 1, 2, ...: each by the conditional of its path behind the pending token.
+        """Tokens of a fixed tree: each by the conditional of its path behind the pending token.
 
         Children of a node are the likeliest tokens by its conditional, of rows that draw: the
         likeliest to be drawn (`sampling.candidates`).
@@ -114,22 +121,17 @@ class CP(TreeDrafting):
           the tokens, and where they are to be tested by it, for every node that has children the
           log-distribution that these were drawn from (zeros, if no row draws); else no entries.
         """
-        sampling = state.requests.sampling
-        e = normed(params, row)
-        drafted = self.vocabulary
-        log_p = self.weights.first(tree.max_depth + 1).log_p(reader_of(drafted, params), e)
-        pending = columns_of(drafted, state.pending)
-        log_pi = cp_mixture.seen(self.weights.log_w(e), log_p[:, :, 0], pending)[:, None]
+        sampling, drafted = state.requests.sampling, self.vocabulary
+        log_pi, log_p = self._behind(params, row, state.pending, tree.max_depth)
+        log_pi = log_pi[:, None]
         batch, vocab = row.shape[0], params.config.vocab_size
         on_tree = jnp.zeros((batch, tree.size), jnp.int32)
         drawn_from = []
         for depth in range(tree.max_depth):
             here, below = (np.flatnonzero(tree.depth == d) for d in (depth, depth + 1))
             parent = np.searchsorted(here, np.asarray((0, *tree.parents))[below])
-            table = log_p[:, :, depth + 1]
-            # As a product: what underflows in it is no draft.
-            shares = "Bmr,BrV->BmV", jnp.exp(log_pi), jnp.exp(table)
-            log_q = jnp.log(jnp.einsum(*shares, precision=precision_of(table)))
+            table = log_p[:, :, depth]
+            log_q = cp_mixture.along_paths(log_pi, table)
             rows = sampling.repeat(len(here))
             places = jnp.repeat(state.cache.length + 1 + depth, len(here))
             flat = log_q.reshape(-1, log_q.shape[-1])
@@ -145,6 +147,32 @@ class CP(TreeDrafting):
         none = jnp.zeros((batch, 0, vocab))
         log_q = jnp.concatenate(drawn_from, axis=1) if drawn_from else none
         return on_tree[:, 1:], log_q
+
+    def likeliest(
+        self, params: Parameters, row: Float[Array, "B D"], state: DecodeState, tree: TokenTree
+    ) -> tuple[RowTrees, Int[Array, "B drafts"]]:
+        """As many drafts as `tree` has, as deep as it, on the likeliest paths; -1 is none."""
+        log_pi, log_p = self._behind(params, row, state.pending, tree.max_depth)
+        trees, columns, _ = likeliest_paths(
+            log_pi,
+            log_p,
+            state.requests.sampling,
+            state.cache.length + 1,
+            count=tree.size - 1,
+            vocabulary=self.vocabulary,
+        )
+        tokens = tokens_of(self.vocabulary, jnp.maximum(columns, 0))
+        return trees, jnp.where(columns >= 0, tokens, -1)
+
+    def _behind(
+        self, params: Parameters, row: Array, pending: Array, steps: int
+    ) -> tuple[Float[Array, "B r"], Float[Array, "B r steps N"]]:
+        """Behind the pending token: how likely each expert is, and its tables of the next steps."""
+        e = normed(params, row)
+        log_p = self.weights.first(steps + 1).log_p(reader_of(self.vocabulary, params), e)
+        known = columns_of(self.vocabulary, pending)
+        log_pi = cp_mixture.seen(self.weights.log_w(e), log_p[:, :, 0], known)
+        return log_pi, log_p[:, :, 1:]
 
 
 def make(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mtd_jax.transformer.linear import precision_of
 from mtd_jax.typing import Array, Bool, Float, Int
 
 
@@ -42,6 +43,17 @@ def mixed(
     With pi = w and the tables of step 1 this is the marginal of the first token (eq. 11).
     """
     return jax.nn.logsumexp(log_pi[..., None] + log_p, axis=-2)
+
+
+def along_paths(
+    log_pi: Float[Array, "B paths r"], table: Float[Array, "B r V"]
+) -> Float[Array, "B paths V"]:
+    """`mixed` for several paths whose experts share a step's tables, as one product.
+
+    What underflows in it has no probability: -inf.
+    """
+    shares = "Bmr,BrV->BmV", jnp.exp(log_pi), jnp.exp(table)
+    return jnp.log(jnp.einsum(*shares, precision=precision_of(table)))
 
 
 def found(log_p: Float[Array, "*rows r V"], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows r"]:

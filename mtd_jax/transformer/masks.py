@@ -21,7 +21,6 @@ guesses at what follows it, 3 follows 1. Rows see the text, their ancestors and 
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 
 from mtd_jax.typing import Array, Bool, Int
 
@@ -38,16 +37,18 @@ def causal(
 
 
 def tree(
-    committed: Int[Array, " B"], ancestors: Bool[np.ndarray, "T T"], capacity: int
+    committed: Int[Array, " B"], ancestors: Bool[Array, "b T T"], capacity: int
 ) -> Bool[Array, "B T S"]:
     """Rows of a tree see what is committed, their ancestors, and themselves.
 
-    Row t lies in slot `committed + t`; `ancestors[t, u]` says that u is t or an ancestor of it.
+    Row t lies in slot `committed + t`; `ancestors[b, t, u]` says that u is t or an ancestor of it,
+    in the tree of batch row b or (b = 1) of all.
     """
     behind = jnp.arange(capacity, dtype=jnp.int32)[None, :] - committed[:, None]
-    inside = (behind >= 0) & (behind < ancestors.shape[0])
-    seen = jnp.asarray(ancestors)[:, jnp.clip(behind, 0, ancestors.shape[0] - 1)]
-    return (behind < 0)[:, None, :] | (inside[:, None, :] & seen.transpose(1, 0, 2))
+    count = ancestors.shape[1]
+    inside = (behind >= 0) & (behind < count)
+    seen = jnp.take_along_axis(ancestors, jnp.clip(behind, 0, count - 1)[:, None, :], axis=2)
+    return (behind < 0)[:, None, :] | (inside[:, None, :] & seen)
 
 
 def within_window(

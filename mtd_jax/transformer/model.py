@@ -151,7 +151,7 @@ def extend(
     cache: KVCache,
     tokens: Int[Array, "B T"],
     *,
-    ancestors: Bool[np.ndarray, "T T"] | None = None,
+    ancestors: Bool[Array, "b T T"] | None = None,
     context: Int[Array, "B T"] | None = None,
     active: Bool[Array, " B"] | None = None,
     skip: Skip | None = None,
@@ -163,7 +163,7 @@ def extend(
     stands as many positions behind the text as it has ancestors.
 
     Args:
-      ancestors: of a tree, who is an ancestor of whom (`masks.tree`); None is a chain.
+      ancestors: of trees, who is an ancestor of whom (`masks.tree`); None is a chain.
       context: length of the text each row is computed in (`rope.rotary`); the default is its own
         position + 1, as when tokens are decoded one at a time.
       active: rows that are not active write nothing.
@@ -183,7 +183,7 @@ def rows_behind(
     cache: KVCache,
     count: int,
     *,
-    ancestors: Bool[np.ndarray, "T T"] | None = None,
+    ancestors: Bool[Array, "b T T"] | None = None,
     context: Int[Array, "B T"] | None = None,
     active: Bool[Array, " B"] | None = None,
 ) -> tuple[Rows, Int[Array, "B T"]]:
@@ -198,11 +198,12 @@ def rows_behind(
     if ancestors is None:
         mask = masks.causal(positions, keys)
     else:
-        depth = jnp.asarray(ancestors.sum(axis=1) - 1, jnp.int32)
-        positions = cache.length[:, None] + depth[None, :]
+        depth = ancestors.sum(axis=2, dtype=jnp.int32) - 1
+        positions = cache.length[:, None] + depth
         mask = masks.tree(cache.length, ancestors, capacity)
-        behind = jnp.clip(keys - cache.length[:, None], 0, len(depth) - 1)
-        keys = jnp.where(keys < cache.length[:, None], keys, cache.length[:, None] + depth[behind])
+        behind = jnp.clip(keys - cache.length[:, None], 0, count - 1)
+        inside = cache.length[:, None] + jnp.take_along_axis(depth, behind, axis=1)
+        keys = jnp.where(keys < cache.length[:, None], keys, inside)
     if active is not None:
         slots = jnp.where(active[:, None], slots, capacity)
     context = positions + 1 if context is None else context

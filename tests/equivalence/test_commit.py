@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtd_jax.decoding.row_trees import in_rows
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, extend, unembed
@@ -40,7 +41,7 @@ def _of_rows(values: st.SearchStrategy[int]) -> st.SearchStrategy[list[int]]:
 def _step(
     params: Parameters, cache: KVCache, tokens: jax.Array, tree: TokenTree, active: jax.Array
 ) -> tuple[jax.Array, KVCache]:
-    x, cache = extend(params, cache, tokens, ancestors=tree.ancestors, active=active)
+    x, cache = extend(params, cache, tokens, ancestors=in_rows(tree).ancestors, active=active)
     return unembed(params, x), cache
 
 

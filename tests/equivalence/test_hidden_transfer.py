@@ -17,6 +17,7 @@ from mtd_jax.convert.heads import save_heads, stored_heads
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import Requests
+from mtd_jax.decoding.row_trees import in_rows
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.methods.transfer import HiddenTransferSpec, TransferWeights, hidden_states
@@ -170,7 +171,8 @@ def test_pseudo_rows_leave_the_base_as_it_is() -> None:
 
     @jax.jit
     def verify(method: Any) -> Any:
-        walked = method.walk(tree)(MODEL.params, cache, tokens, ancestors=tree.ancestors)
+        ancestors = in_rows(tree).ancestors
+        walked = method.walk(tree)(MODEL.params, cache, tokens, ancestors=ancestors)
         return walked[0][..., : MODEL.config.hidden_size], walked[1]
 
     found = _heads(OPTIONS[0])
@@ -180,7 +182,7 @@ def test_pseudo_rows_leave_the_base_as_it_is() -> None:
     rows, written = verify(method)
     other = method.replace(weights=nothing.first(method.weights.count))
     assert_same_bits(verify(other), (rows, written))
-    plain_walk = jax.jit(functools.partial(extend, ancestors=tree.ancestors))
+    plain_walk = jax.jit(functools.partial(extend, ancestors=in_rows(tree).ancestors))
     expected, plainly = plain_walk(MODEL.params, cache, tokens)
     np.testing.assert_allclose(rows, expected, atol=1e-5)
     np.testing.assert_allclose(written.k, plainly.k, atol=1e-5)

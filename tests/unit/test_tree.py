@@ -147,7 +147,7 @@ def test_the_mask_of_a_tree_is_as_drawn() -> None:
     lines = [x.split() for x in (masks.__doc__ or "").split("\n") if x.strip().startswith("node")]
     drawn = np.array([[cell == "x" for cell in line[2:]] for line in lines])
     tree = TokenTree((0, 0, 1))
-    seen = masks.tree(jnp.array([2], jnp.int32), tree.ancestors, 6)
+    seen = masks.tree(jnp.array([2], jnp.int32), jnp.asarray(tree.ancestors)[None], 6)
     np.testing.assert_array_equal(seen[0], drawn)
 
 
@@ -157,7 +157,7 @@ def test_the_mask_shows_text_and_ancestors(parents: tuple[int, ...], committed: 
     """Also where the tree reaches beyond the last slot."""
     tree = TokenTree(parents)
     capacity = 14
-    got = masks.tree(jnp.asarray(committed, jnp.int32), tree.ancestors, capacity)
+    got = masks.tree(jnp.asarray(committed, jnp.int32), jnp.asarray(tree.ancestors)[None], capacity)
     for row, text in enumerate(committed):
         for node in range(tree.size):
             way = {text + n for n in _way(tree, node)}
