@@ -38,7 +38,8 @@ from mtd_jax.transformer.losses import (
     summed_over_chunks,
 )
 from mtd_jax.transformer.model import Parameters, normed, project
-from mtd_jax.transformer.packed import Packed, frozen_rows, shifted
+from mtd_jax.transformer.packed import Packed, frozen_rows, packed_hidden, shifted
+from mtd_jax.transformer.stack import Remat
 from mtd_jax.typing import Array, Bool, DTypeLike, Float, Initializer, Int
 
 _MOST_TOKENS = 16
@@ -150,7 +151,7 @@ class CPSpec(HeadsSpec):
         chunk: int,
         vocabulary: tuple[int, ...] = (),
     ) -> tuple[jax.Array, Totals]:
-        """`mixture_loss` on the rows of a base that stays (`training.whole` trains it too)."""
+        """`mixture_loss` on the rows of a base that stays."""
         base = jax.lax.stop_gradient(base)
         e = normed(base, frozen_rows(base, batch))
         return self.mixture_loss(
@@ -264,6 +265,24 @@ class CPSpec(HeadsSpec):
             return own, jnp.asarray(vocabulary, jnp.int32)[best] if vocabulary else best
 
         return mapped_over_chunks(of_chunk, (e, targets), max(1, chunk // self.rank))
+
+    def whole_loss(
+        self,
+        weights: CPWeights,
+        params: Parameters,
+        batch: Packed,
+        counts: Totals,
+        *,
+        chunk: int,
+        remat: Remat,
+    ) -> tuple[jax.Array, Totals]:
+        """`mixture_loss` on rows that the backward pass goes through."""
+        e = normed(params, packed_hidden(params, batch, remat=remat))
+        return self.mixture_loss(weights, params, e, batch, counts, chunk=chunk, frozen=False)
+
+    def whole_flops(self, config: ModelConfig) -> float:
+        """As `flops`, and 2 for the gradient of what the heads read with."""
+        return 1.5 * self.flops(config)
 
     def flops(self, config: ModelConfig) -> float:
         """2 for each weight forward, 2 for its gradient, 2 for the row's where that is wanted."""

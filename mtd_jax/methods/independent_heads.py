@@ -6,9 +6,10 @@ it stand k layers of the same shape; head i (from 0) says token n + i + 2 from t
     h_i = layer_i(z_0 .. z_n)          begins as a copy of the base's last layer
     p_i = softmax(norm(h_i) O)         norm and O: the base's
 
-The paper trains all of it from nothing; here the base stays, and the loss is the plain sum of the
-heads' cross-entropies (eq. 2). Heads are trained one after another, each from z anew, so that the
-activations of one exist at a time (section 2).
+The paper trains all of it from nothing (`trunk = "trained"`), by the plain sum of all
+cross-entropies, that of the next token among them (eq. 2); or the base stays, and the heads' own
+are summed. Heads are trained one after another, each from z anew, so that the activations of one
+exist at a time (section 2).
 
 When decoding, keys and values of the heads lie behind the base's in the same cache, as if it had k
 more layers: every row passes them all, and the newest row's guesses are there with it.
@@ -28,16 +29,21 @@ from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import Extend
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import TokenTree
+from mtd_jax.errors import InputError
 from mtd_jax.methods.drafting import RowDrafting, choose_trees
 from mtd_jax.methods.row_heads import RowHeadsSpec
 from mtd_jax.parameters import count, size_in_bytes
 from mtd_jax.transformer import block
 from mtd_jax.transformer.block import Block
 from mtd_jax.transformer.cache import KVCache
+from mtd_jax.transformer.losses import Totals, cross_entropy
 from mtd_jax.transformer.model import Parameters, embed, normed, rows_behind
 from mtd_jax.transformer.packed import Packed, packed_rows
-from mtd_jax.transformer.stack import decode_range, frozen_range, train_stack
+from mtd_jax.transformer.stack import Remat, Rows, decode_range, frozen_range, train_stack
 from mtd_jax.typing import Array, Float, Int
+
+_NEXT = "next"
+"""The base's own part of the loss, where it is trained too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +56,15 @@ class IndependentHeadsSpec(RowHeadsSpec):
 
     loss: Literal["cross_entropy", "distillation"] = "cross_entropy"
     decay: float = 1.0
+    trunk: Literal["frozen", "trained"] = "frozen"
+    """`trained`: all weights, with the heads; a model of random weights from scratch."""
 
     name: ClassVar[str] = "independent_heads"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trunk == "trained" and self.loss != "cross_entropy":
+            raise InputError("trunk=trained leaves no base to distil from: say loss=cross_entropy")
 
     def declare(self, config: ModelConfig) -> Block:
         """The heads as one stack of layers."""
@@ -75,14 +88,56 @@ class IndependentHeadsSpec(RowHeadsSpec):
         x = embed(base, batch.tokens)
         z = frozen_range(config, base.blocks, x, 0, last, rows=rows)
         h = frozen_range(config, base.blocks, z, last, last + 1, rows=rows)
-        alone = _with_heads(config, 1, first=last)
+        return normed(base, h), normed(base, _beside_the_last(config, weights, z, rows))
 
-        def head(_: None, layer: Block) -> tuple[None, Array]:
-            stack = jax.tree.map(lambda w: w[None].astype(z.dtype), layer)
-            return None, train_stack(alone, stack, z, rows=rows, remat="layer")[0]
+    def counts(self, batch: Packed) -> Totals:
+        """And where the trunk is trained, the tokens that the base itself is to say."""
+        found = super().counts(batch)
+        if self.trunk == "frozen":
+            return found
+        own = batch.targets(1)[1].sum(dtype=jnp.float32)
+        return {**found, "loss": found["loss"] + own, _NEXT: own}
 
-        _, found = jax.lax.scan(head, None, weights)
-        return normed(base, h), normed(base, jnp.moveaxis(found, 0, 2))
+    def whole_loss(
+        self,
+        weights: Block,
+        params: Parameters,
+        batch: Packed,
+        counts: Totals,
+        *,
+        chunk: int,
+        remat: Remat,
+    ) -> tuple[jax.Array, Totals]:
+        """The next token's cross-entropy and the heads', of trunk and heads together (eq. 2).
+
+        The gradients of the heads meet at z one after another: no two heads' activations, nor the
+        logits of more than a chunk, exist at a time.
+        """
+        config, last = params.config, params.config.num_layers - 1
+        rows = packed_rows(config, batch)
+
+        def layers(start: int, stop: int, x: Array) -> Array:
+            some = jax.tree.map(lambda w: w[start:stop], params.blocks)
+            part = _with_heads(config, stop - start, first=start)
+            return train_stack(part, some, x, rows=rows, remat=remat)[0]
+
+        z = layers(0, last, embed(params, batch.tokens)) if last else embed(params, batch.tokens)
+        h = normed(params, layers(last, last + 1, z))
+        found = normed(params, _beside_the_last(config, weights, z, rows))
+        numbers = {name: jnp.maximum(number, 1.0) for name, number in counts.items()}
+        own = cross_entropy(params, h, *batch.targets(1), chunk=chunk, normed=True)
+        named = [numbers[f"head_{i + 1}"] for i in range(self.count)]
+        shares = [self.decay**i / number for i, number in enumerate(named)]
+        readers = (params,) * self.count
+        loss, right = self.cross_entropies(readers, found, batch, shares, chunk=chunk)
+        following = own["loss"] / numbers[_NEXT]
+        measured = {f"accuracy_{i + 1}": right[i] / number for i, number in enumerate(named)}
+        return following + loss, {"loss": following + loss, _NEXT: following, **measured}
+
+    def whole_flops(self, config: ModelConfig) -> float:
+        """6 for each weight of the heads, and of the output head for each of them and the base."""
+        output = config.hidden_size * config.vocab_size * (1 + self.count)
+        return 6.0 * (count(self.declare(config)) + output)
 
     def flops(self, config: ModelConfig) -> float:
         """2 for each weight forward, 2 for its gradient, 2 for the rows within a head."""
@@ -163,6 +218,20 @@ def make(
         heads=block.unstack(heads.weights)[: trees.depth],
         vocabulary=heads.vocabulary,
     )
+
+
+def _beside_the_last(
+    config: ModelConfig, weights: Block, z: Float[Array, "B T D"], rows: Rows
+) -> Float[Array, "B T k D"]:
+    """What every head makes of z: a scan, in whose backward pass each is computed again, alone."""
+    alone = _with_heads(config, 1, first=config.num_layers - 1)
+
+    def head(_: None, layer: Block) -> tuple[None, Array]:
+        stack = jax.tree.map(lambda w: w[None].astype(z.dtype), layer)
+        return None, train_stack(alone, stack, z, rows=rows, remat="layer")[0]
+
+    _, found = jax.lax.scan(head, None, weights)
+    return jnp.moveaxis(found, 0, 2)
 
 
 def _with_heads(config: ModelConfig, layers: int, first: int = 0) -> ModelConfig:

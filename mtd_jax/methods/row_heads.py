@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -105,21 +106,26 @@ class RowHeadsSpec(HeadsSpec):
                 readers=() if all(reader is base for reader in readers) else readers,
             )
         else:
-            found = [
-                cross_entropy(
-                    reader,
-                    rows[:, :, i],
-                    batch.targets(i + 2)[0],
-                    wanted[i],
-                    chunk=chunk,
-                    normed=True,
-                )
-                for i, reader in enumerate(readers)
-            ]
-            losses = [s * each["loss"] for s, each in zip(shares, found, strict=True)]
-            loss, right = sum(losses[1:], losses[0]), jnp.stack([each["right"] for each in found])
+            loss, right = self.cross_entropies(readers, rows, batch, shares, chunk=chunk)
         measured = {f"accuracy_{i + 1}": right[i] / n for i, n in enumerate(numbers)}
         return loss, {"loss": loss, **measured}
+
+    def cross_entropies(
+        self,
+        readers: Sequence[Parameters],
+        rows: Float[Array, "B T k D"],
+        batch: Packed,
+        shares: Sequence[float | Array],
+        *,
+        chunk: int,
+    ) -> tuple[Float[Array, ""], Float[Array, " k"]]:
+        """The heads' cross-entropies with the text, in these shares, and right guesses of each."""
+        found = [
+            cross_entropy(reader, rows[:, :, i], *batch.targets(i + 2), chunk=chunk, normed=True)
+            for i, reader in enumerate(readers)
+        ]
+        losses = [s * each["loss"] for s, each in zip(shares, found, strict=True)]
+        return sum(losses[1:], losses[0]), jnp.stack([each["right"] for each in found])
 
     def guesses(
         self,

@@ -30,6 +30,7 @@ from mtd_jax.methods.cycles import (
     places_in_cycle,
 )
 from mtd_jax.methods.dmtd import DEFAULT_LATE, DMTD
+from mtd_jax.methods.independent_heads import IndependentHeadsSpec
 from mtd_jax.methods.options import read_options
 from mtd_jax.training.config import TrainConfig
 from mtd_jax.training.heads import HeadsTraining
@@ -251,7 +252,7 @@ def _heads(config: TrainConfig) -> Objective:
     options = methods.typed_options(config.method, config.options)
     spec = methods.make_spec(config.method, options)
     about = tuple(sorted(options.items()))
-    if isinstance(spec, CPSpec) and spec.trunk == "trained":
+    if isinstance(spec, CPSpec | IndependentHeadsSpec) and spec.trunk == "trained":
         memory = config.memory
         return WholeTraining(spec, about, config.seed, memory.loss_chunk, remat=memory.remat)
     # Which tokens the texts use most is not known yet; as many others have the same shapes.

@@ -9,19 +9,20 @@ import jax
 
 from mtd_jax.decoding.method import Method
 from mtd_jax.methods.cp_heads import CPSpec
+from mtd_jax.methods.independent_heads import IndependentHeadsSpec
 from mtd_jax.training.heads import HeadsTraining
 from mtd_jax.training.utilization import weights_in_products
 from mtd_jax.transformer.losses import Totals
-from mtd_jax.transformer.model import Parameters, normed
-from mtd_jax.transformer.packed import Packed, packed_hidden
+from mtd_jax.transformer.model import Parameters
+from mtd_jax.transformer.packed import Packed
 from mtd_jax.transformer.stack import Remat
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeTraining(HeadsTraining):
-    """The objective of CP heads with `trunk = "trained"`: all weights, from the joint loss."""
+    """The objective of heads with `trunk = "trained"`: all weights, from what the spec says."""
 
-    spec: CPSpec
+    spec: CPSpec | IndependentHeadsSpec
     remat: Remat = "layer"
 
     def split(self, params: Parameters) -> tuple[Any, Any]:
@@ -32,19 +33,18 @@ class WholeTraining(HeadsTraining):
     def loss(
         self, trainable: Any, frozen: Any, batch: Packed, counts: Totals, key: jax.Array | None
     ) -> tuple[jax.Array, Totals]:
-        """The mixture's, on rows that the backward pass goes through."""
+        """The spec's, with gradients for the trunk."""
         del frozen, key
         params, heads = trainable
-        e = normed(params, packed_hidden(params, batch, remat=self.remat))
         chunk = self.chunk_of(batch)
-        return self.spec.mixture_loss(heads, params, e, batch, counts, chunk=chunk, frozen=False)
+        return self.spec.whole_loss(heads, params, batch, counts, chunk=chunk, remat=self.remat)
 
     def flops(self, trainable: Any, frozen: Any) -> float:
         """Layers and heads both ways; the output head as often as there are heads."""
         params, _ = trainable
         output = params.config.hidden_size * params.config.vocab_size
         layers = weights_in_products(params) - output
-        return 6.0 * layers + 1.5 * self.spec.flops(params.config)
+        return 6.0 * layers + self.spec.whole_flops(params.config)
 
     def decoder(self, trainable: Any, frozen: Any) -> tuple[Parameters, Method]:
         """The model and the method."""

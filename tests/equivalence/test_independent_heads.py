@@ -13,8 +13,11 @@ from mtd_jax import methods
 from mtd_jax.decoding import engine
 from mtd_jax.decoding.method import Requests
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
+from mtd_jax.errors import InputError
+from mtd_jax.training.whole import WholeTraining
 from mtd_jax.transformer.block import Block
-from mtd_jax.transformer.model import Parameters
+from mtd_jax.transformer.model import Parameters, unembed
+from mtd_jax.transformer.packed import packed_hidden
 from tests.oracle import transformer as oracle
 from tests.support import heads, tiny
 
@@ -58,6 +61,67 @@ def test_the_loss_is_the_plain_sum_over_heads() -> None:
     assert float(found) == pytest.approx(expected, rel=1e-4)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(own))
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(others))
+
+
+def _whole(params: Parameters, layers: Block) -> jax.Array:
+    """The mean cross-entropies of the base and of every head as models of their own, summed."""
+    batch, total = heads.packed(TEXTS), jnp.zeros(())
+    for i in range(-1, COUNT):
+        model = params if i < 0 else _with_last(params, layers, i)
+        log_p = jax.nn.log_softmax(unembed(model, packed_hidden(model, batch)))
+        rows = [
+            log_p[b, n, text[n + i + 2]]
+            for b, text in enumerate(TEXTS)
+            for n in range(len(text) - i - 2)
+        ]
+        total -= jnp.stack(rows).mean()
+    return total
+
+
+def test_trunk_and_heads_learn_together() -> None:
+    """Value and gradient of all weights, against one big expression."""
+    _, weights, base = _setting()
+    options = {"count": COUNT, "trunk": "trained"}
+    spec: Any = methods.make_spec("independent_heads", options)
+    trained = WholeTraining(spec, tuple(sorted(options.items())), 0, 5)
+    batch = heads.packed(TEXTS)
+    counts = trained.counts(batch)
+
+    def fast(params: Parameters, layers: Block) -> jax.Array:
+        return trained.loss((params, layers), (), batch, counts, None)[0]
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(base, weights) for loss in (fast, _whole)
+    )
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4 * float(jnp.abs(y).max()) + 1e-12)
+
+
+def test_heads_of_a_trained_trunk_are_stored_one_at_a_time() -> None:
+    batch = jax.eval_shape(lambda: heads.packed([[5] * 128] * 4))
+
+    def temporary(count: int) -> int:
+        options = {"count": count, "trunk": "trained"}
+        spec: Any = methods.make_spec("independent_heads", options)
+        trained = WholeTraining(spec, tuple(options.items()), 0, 64, remat="layer")
+        params = jax.eval_shape(lambda: tiny.params(CONFIG))
+        weights = jax.eval_shape(spec.initial, params, jax.random.key(0))
+
+        def step(trainable: Any, batch: Any) -> Any:
+            counts = trained.counts(batch)
+            return jax.grad(lambda w: trained.loss(w, (), batch, counts, None)[0])(trainable)
+
+        compiled: Any = jax.jit(step).lower((params, weights), batch).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    rows = 4 * 128 * CONFIG.hidden_size * 4
+    assert temporary(5) - temporary(1) < 4 * 5 * rows
+
+
+def test_a_trained_trunk_has_nothing_to_distil_from() -> None:
+    with pytest.raises(InputError, match="say loss=cross_entropy"):
+        methods.make_spec("independent_heads", {"trunk": "trained", "loss": "distillation"})
 
 
 def test_heads_begin_as_the_last_layer_and_one_is_stored_at_a_time() -> None:
