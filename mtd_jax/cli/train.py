@@ -27,7 +27,7 @@ from mtd_jax.evaluation import environment
 from mtd_jax.parameters import count
 from mtd_jax.training.config import TrainConfig, read_config, to_dict
 from mtd_jax.training.data import prepare
-from mtd_jax.training.devices import Processes, training_mesh
+from mtd_jax.training.devices import Processes, refused_together, training_mesh
 from mtd_jax.training.heads import HeadsTraining, measured
 from mtd_jax.training.log import read_log
 from mtd_jax.training.loop import (
@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.config, args.set)
     Processes(args.coordinator, args.process_count, args.process_index).join()
     use_compilation_cache()
-    prepared = prepare_run(config)
+    with refused_together():
+        prepared = prepare_run(config)
     if args.dry_run:
         report = _dry_look(prepared)
         if args.json:
@@ -155,6 +156,8 @@ def prepare_run(config: TrainConfig) -> Run:
         seed=config.seed,
         cache=cache_directory() / "tokens",
     )
+    if isinstance(trainer.objective, HeadsTraining):
+        trainer.objective.check_rows(data.train)
     trainer = _counted(trainer, data.train, model.vocab_size)
     run = Run(
         config=config,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,18 @@ class Checkpoints:
     """The checkpoints in one directory, by step."""
 
     def __init__(
-        self, directory: Path, config: CheckpointConfig, *, read_only: bool = False
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        measured_on: str = "",
+        read_only: bool = False,
     ) -> None:
         """Opens the directory; what a killed run left half-written is removed.
 
         Args:
+          measured_on: tells apart held-out texts: a loss on others is no better and no worse, so
+            with new texts the search for the best begins anew.
           read_only: change nothing: the run may be going on, and be writing.
         """
         import orbax.checkpoint as ocp
@@ -39,18 +47,18 @@ class Checkpoints:
         if config.keep_best:
             keep.append(
                 policies.BestN(
-                    get_metric_fn=lambda metrics: -metrics["loss"],
+                    get_metric_fn=lambda metrics: -self._loss(metrics),
                     n=config.keep_best,
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._ocp = ocp
+        self._ocp, self._measured_on = ocp, measured_on
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             item_names=("state", "data", "about"),
             options=ocp.CheckpointManagerOptions(
                 # Without it metrics are kept in memory alone, and a restart forgets which was best.
-                best_fn=lambda metrics: metrics["loss"],
+                best_fn=self._loss,
                 best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=not read_only,
@@ -68,13 +76,19 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest held-out loss among those kept; None if none was measured."""
+        """The step with the lowest loss on these texts among those kept; None if none has any."""
         losses = {
-            step: metrics["loss"]
+            step: loss
             for step in self._manager.all_steps()
             if (metrics := self._manager.metrics(step)) is not None
+            and (loss := self._loss(metrics)) < math.inf
         }
         return min(losses, key=lambda step: losses[step]) if losses else None
+
+    def _loss(self, metrics: Mapping[str, Any]) -> float:
+        """The held-out loss of a checkpoint; infinite where it was measured on other texts."""
+        same = metrics.get("measured_on", "") == self._measured_on
+        return float(metrics["loss"]) if same else math.inf
 
     def find(self, which: str) -> int:
         """The step that `best`, `last` or a number means.
@@ -91,7 +105,10 @@ class Checkpoints:
             return int(steps[-1])
         if which == "best":
             if self.best is None:
-                raise InputError(f"no checkpoint in {where} was evaluated (there are {kept})")
+                raise InputError(
+                    f"no checkpoint in {where} was evaluated on the held-out texts of the config "
+                    f"(there are {kept})"
+                )
             return self.best
         if not which.isdecimal():
             raise InputError(f"a checkpoint is best, last or a step, got '{which[:40]}'")
@@ -123,7 +140,9 @@ class Checkpoints:
                     data=ocp.args.JsonSave(dict(data)),
                     about=ocp.args.JsonSave(dict(about)),
                 ),
-                metrics=None if held_out_loss is None else {"loss": held_out_loss},
+                metrics=None
+                if held_out_loss is None
+                else {"loss": held_out_loss, "measured_on": self._measured_on},
                 force=True,
             )
 

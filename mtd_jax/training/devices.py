@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -10,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -123,6 +124,42 @@ def _in_cluster() -> bool:
         return False
     has_chips = any(glob.glob(name) for name in ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"))
     return has_chips and importlib.util.find_spec("libtpu") is not None
+
+
+_TOLD_BYTES = 512
+
+
+@contextlib.contextmanager
+def refused_together() -> Iterator[None]:
+    """What one process of several refuses (`InputError`) within, every one of them refuses.
+
+    They meet at its end, so that none waits for another that has gone.
+
+    Raises:
+      InputError: on the others too, with what that process said.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        yield
+    except InputError as error:
+        # Whether or not the others can still be told, this is what was wrong here.
+        with contextlib.suppress(Exception):
+            _tell_all(str(error))
+        raise
+    for number, text in enumerate(_tell_all("")):
+        if text:
+            raise InputError(f"process {number} of this run refused: {text}")
+
+
+def _tell_all(text: str) -> list[str]:
+    """What every process says, in their order."""
+    own = np.zeros(_TOLD_BYTES, np.uint8)
+    said = np.frombuffer(text.encode()[:_TOLD_BYTES], np.uint8)
+    own[: len(said)] = said
+    every = multihost_utils.process_allgather(own)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(every)]
 
 
 def check_same_everywhere(about: Mapping[str, Any]) -> None:

@@ -14,10 +14,14 @@ from mtd_jax import methods, sharding
 from mtd_jax.decoding.draft_vocabulary import DraftVocabulary
 from mtd_jax.decoding.heads import ACCURACIES, Heads, HeadsSpec
 from mtd_jax.decoding.method import Method
+from mtd_jax.errors import InputError
+from mtd_jax.training.rows import Rows
 from mtd_jax.training.utilization import weights_in_products
 from mtd_jax.transformer.losses import Totals
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed, shifted
+
+_LOOKED_AT = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,26 @@ class HeadsTraining:
     def counts(self, batch: Packed) -> Totals:
         """What the spec counts."""
         return self.spec.counts(batch)
+
+    def check_rows(self, rows: Rows) -> None:
+        """Looks whether there is something to learn for every head.
+
+        Raises:
+          InputError: names the heads for which there is nothing in rows from all over: their texts
+            are too short.
+        """
+        missing = None
+        for i in range(0, len(rows), max(1, len(rows) // _LOOKED_AT)):
+            counts = self.counts(jax.tree.map(lambda x: jnp.asarray(x)[None], rows[i]))
+            nothing = {name for name, number in counts.items() if not number}
+            missing = nothing if missing is None else missing & nothing
+            if not missing:
+                return
+        if missing:
+            raise InputError(
+                f"{self.spec.name} has nothing to learn for {', '.join(sorted(missing))}: no text "
+                "of data.train is so long, or data.length cuts it"
+            )
 
     def loss(
         self, trainable: Any, frozen: Any, batch: Packed, counts: Totals, key: jax.Array | None

@@ -64,6 +64,12 @@ class Run:
         """Where everything that the run writes goes."""
         return Path(self.config.out)
 
+    def measured_on(self) -> str:
+        """Tells apart held-out rows that a loss is the mean of; empty where there are none."""
+        if self.held_out is None:
+            return ""
+        return f"{self.config.evaluate.batches} batches of {self.held_out.fingerprint}"
+
     def share(self) -> tuple[int, int]:
         """This process's part of every batch, and of how many."""
         return share_of_rows(self.mesh, self.config.data.batch_size, self.config.data.accumulate)
@@ -97,7 +103,9 @@ def fit(run: Run) -> Outcome:
     """
     run.directory.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(run.mesh), StopRequest() as stop:
-        checkpoints = Checkpoints(run.directory / _CHECKPOINTS, run.config.checkpoint)
+        checkpoints = Checkpoints(
+            run.directory / _CHECKPOINTS, run.config.checkpoint, measured_on=run.measured_on()
+        )
         try:
             return _fit(run, checkpoints, stop)
         finally:
@@ -117,7 +125,9 @@ def restored(run: Run, which: str) -> Outcome:
     if not directory.is_dir():
         raise InputError(f"no checkpoint in {directory}: the run has saved none")
     with jax.set_mesh(run.mesh):
-        checkpoints = Checkpoints(directory, run.config.checkpoint, read_only=True)
+        checkpoints = Checkpoints(
+            directory, run.config.checkpoint, measured_on=run.measured_on(), read_only=True
+        )
         try:
             step = checkpoints.find(which)
             base = run.load()
@@ -171,7 +181,7 @@ def _fit(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> Outcome:
     base = run.load()
     about = _about(run, base.fingerprint)
     # The texts that it is measured on may change from start to start, not from host to host.
-    measured_on = [None if run.held_out is None else run.held_out.fingerprint, *run.prompts]
+    measured_on = [run.measured_on(), *run.prompts]
     check_same_everywhere({**about, "measured_on": measured_on})
     newest = checkpoints.latest
     if newest is not None:  # before heads are made, which compiles

@@ -56,8 +56,11 @@ print(json.dumps({"peak": peak, "estimate": estimate.total, "temporary": estimat
         # The CPU's kernels take scratch memory that the compiler does not count: most for heads.
         ({"method": "medusa"}, 0.3),
         ({"method": "hidden_transfer", "options__layers": "2"}, 0.3),
+        ({"method": "cp", "options__rank": 4, "options__loss": "joint"}, 0.35),
+        ({"method": "dmtd", "options__cycle": 2, "options__late": 2}, 0.15),
+        ({"data__accumulate": 4}, 0.15),
     ],
-    ids=["remat-none", "remat-layer", "medusa", "hidden-transfer"],
+    ids=["remat-none", "remat-layer", "medusa", "hidden-transfer", "cp", "dmtd", "accumulate"],
 )
 def test_peak_memory_is_near_the_estimate(
     tmp_path: Path, changes: dict[str, Any], most: float

@@ -266,6 +266,27 @@ def test_two_processes_stop_together(place: Path) -> None:
     checkpoints.close()
 
 
+def test_what_one_process_refuses_all_refuse(small: Path) -> None:
+    """In one line each, and at once: nobody waits for a process that has gone."""
+    began, port = time.monotonic(), _free_port()
+    there = _few(small)
+    missing = {**there, "evaluate__prompts": str(small / "nowhere.jsonl")}
+    both = [
+        _start(
+            small,
+            small / f"refused-{index}",
+            *("--coordinator", f"127.0.0.1:{port}"),
+            *("--process-count", "2", "--process-index", str(index)),
+            **{"mesh__data": 0, **changes},
+        )
+        for index, changes in enumerate((there, missing))
+    ]
+    said = [_ended(process, 2) for process in both]
+    assert all("nowhere.jsonl" in text and "Traceback" not in text for text in said)
+    assert "process 1 of this run refused" in said[0]
+    assert time.monotonic() - began < 90
+
+
 def test_processes_that_do_not_find_each_other(place: Path) -> None:
     port = _free_port()
     flags = ["--coordinator", f"127.0.0.1:{port}", "--process-count", "2", "--process-index", "1"]

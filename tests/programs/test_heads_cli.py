@@ -112,6 +112,31 @@ def test_from_a_config_to_a_speed(place: Path) -> None:
     assert (place / "back" / "method.json").is_file()
 
 
+@pytest.mark.slow
+def test_independent_heads_are_trained_with_their_trunk(place: Path) -> None:
+    """The model learns too, and what its heads draft is verified by it."""
+    out = place / "whole"
+    options = {"options__count": 2, "options__trunk": "trained"}
+    config = write_config(place, "whole.toml", out=str(out), method="independent_heads", **options)
+    (trained,) = run_commands([["train", config, "--json"]])
+    assert trained.code == 0, trained.err
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    for name in ("held_out_next", "held_out_loss"):
+        found = [line[name] for line in log if name in line]
+        assert found[-1] < found[0]
+    (verified,) = run_commands(
+        [
+            [
+                *("verify", "--model", out / "model", "--method", "independent_heads"),
+                *("--heads", out / "heads", "--option", "tree=2x1", "--json"),
+                *("--prompts", place / "prompts.jsonl", "--max-new-tokens", "12"),
+            ]
+        ]
+    )
+    assert verified.code == 0, verified.err
+    assert json.loads(verified.out)["passed"]
+
+
 def test_slips_are_refused_in_one_line(place: Path) -> None:
     model = place / "model"
     generate: list[str | Path] = ["generate", "--model", model, "--prompt", "the", "--method"]
@@ -132,6 +157,9 @@ def test_slips_are_refused_in_one_line(place: Path) -> None:
         slips[words] = ["train", config, "--dry-run"]
     config = write_config(place, "freeze.toml", method="medusa", freeze=["embedding"])
     slips["leave out freeze"] = ["train", config, "--dry-run"]
+    short = {"data__length": 4, "data__overlong": "split", "options__count": 3}
+    config = write_config(place, "short.toml", method="medusa", **short)
+    slips["medusa has nothing to learn for head_3"] = ["train", config, "--dry-run"]
     for (words, _), outcome in zip(slips.items(), run_commands(list(slips.values())), strict=True):
         assert words in assert_refused(outcome)
 

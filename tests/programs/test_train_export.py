@@ -94,6 +94,9 @@ def test_what_cannot_be_exported(place: Path, stopped: Path) -> None:
         "no checkpoint behind step 3 in": [stopped, "--export", "3"],
         "(there are 2, 4)": [stopped, "--export", "3"],
         "best, last or a step, got 'newest'": [stopped, "--export", "newest"],
+        "was evaluated on the held-out texts of the config (there are 2, 4)": [
+            *(stopped, "--export", "best", "--set", "evaluate.batches=1"),
+        ],
         "do not go together": [stopped, "--export", "last", "--dry-run"],
         "made with optimizer.steps = 6": [
             *(stopped, "--export", "last", "--set", "optimizer.steps=9"),
@@ -110,10 +113,13 @@ def test_the_step_at_which_a_run_was_stopped_can_be_the_best(place: Path) -> Non
     out = place / "preempted"
     changes = {**TOO_FAST, "out": str(out), "optimizer__steps": 4, "checkpoint__every": 4}
     _stopped_at(2, place, **changes)
-    assert fit(make_run(place, **changes)).finished
+    run = make_run(place, **changes)
+    assert fit(run).finished
     losses = {x["step"]: x["held_out_loss"] for x in log_of(out) if "held_out_loss" in x}
     assert losses[2] < losses[4]
-    checkpoints = Checkpoints(out / "checkpoints", CheckpointConfig(), read_only=True)
+    checkpoints = Checkpoints(
+        out / "checkpoints", CheckpointConfig(), measured_on=run.measured_on(), read_only=True
+    )
     assert (checkpoints.best, checkpoints.latest) == (2, 4)
     checkpoints.close()
 

@@ -54,6 +54,24 @@ def test_the_last_and_the_best_stay(tmp_path: Path, best: int, last: int, kept: 
     again.close()
 
 
+def test_losses_on_other_texts_are_not_compared(tmp_path: Path) -> None:
+    """With new held-out texts the search for the best begins anew, also in what is kept."""
+    config = CheckpointConfig(keep_last=1, keep_best=1)
+    found: list[tuple[int | None, set[int]]] = []
+    for texts, losses in (("old", {1: 0.1, 2: 0.2}), ("new", {3: 5.0, 4: 6.0}), ("old", {})):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", config, measured_on=texts)
+        for step, loss in losses.items():
+            checkpoints.save(step, _state(step), {"next_index": step}, {"base": "b"}, loss)
+        best = checkpoints.best
+        checkpoints.close()
+        found.append((best, {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}))
+    assert found == [(1, {1, 2}), (3, {3, 4}), (None, {3, 4})]
+    again = Checkpoints(tmp_path / "checkpoints", config, measured_on="old", read_only=True)
+    with pytest.raises(InputError, match="evaluated on the held-out texts of the config"):
+        again.find("best")
+    again.close()
+
+
 # Orbax leaves futures of what it could not read.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_cut_file_is_named_and_the_step_before_it(tmp_path: Path) -> None:
