@@ -29,6 +29,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-cp-guesses": heads.cp_guesses,
     "cpu-cp-losses": heads.cp_losses,
     "cpu-cp-heads": partial(speed.drafting, "cpu-cp-heads"),
+    "cpu-cp-beam": partial(speed.drafting, "cpu-cp-beam"),
+    "cpu-transfer-trees": partial(speed.drafting, "cpu-transfer-trees"),
     "corpus": training.corpus,
     "cpu-answering": training.answering,
     "cpu-dmtd-tasks": training.cycles_tasks,
