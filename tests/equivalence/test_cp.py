@@ -137,13 +137,14 @@ def test_documents_in_one_row_do_not_see_each_other(options: dict[str, Any]) -> 
     )
 
 
-def test_memory_grows_neither_with_the_rank_nor_with_the_tokens() -> None:
+@pytest.mark.parametrize("loss", ["joint", "distillation"])
+def test_memory_grows_neither_with_the_rank_nor_with_the_tokens(loss: Any) -> None:
     config = tiny.config(vocab_size=2048)
     base = jax.eval_shape(lambda: tiny.params(config))
     batch = jax.eval_shape(lambda: heads.packed([[5] * 128] * 4))
 
     def temporary(rank: int, tokens: int) -> int:
-        spec = CPSpec(rank=rank, tokens=tokens, factor=4, loss="joint")
+        spec = CPSpec(rank=rank, tokens=tokens, factor=4, loss=loss)
         return heads.training_bytes(spec, base, batch, chunk=64)
 
     assert temporary(8, 4) <= 1.3 * temporary(1, 2)
