@@ -1,9 +1,13 @@
 """The likeliest paths of a mixture: a beam over the joint, whose best nodes form a tree a row.
 
 A path's probability is the product of its conditionals, so it never exceeds that of the path it
-continues: the N likeliest paths of all lengths are closed under going back, which makes them the
-nodes of a tree. No other tree of N drafts is likelier to be walked far, as far as the mixture
-knows: the expected number of drafts kept is the sum of its nodes' probabilities.
+continues: the likeliest paths of all lengths are closed under going back, which makes them the
+nodes of a tree. The sum of its nodes' probabilities is the number of drafts kept of a text that the
+mixture itself would draw.
+
+A greedy text is none such: it takes the likeliest token each time, however flat the distribution.
+So the chain of the likeliest tokens always comes first, and the rest of the tree is for where the
+model says otherwise.
 """
 
 from __future__ import annotations
@@ -27,10 +31,11 @@ def likeliest_paths(
     count: int,
     vocabulary: DraftVocabulary | None = None,
 ) -> tuple[RowTrees, Int[Array, "B count"], Float[Array, "B count"]]:
-    """The `count` likeliest paths of up to `steps` tokens, as trees of `count` + 1 nodes.
+    """The likeliest paths of up to `steps` tokens, as trees of `count` + 1 nodes.
 
-    Of rows that draw, a token's probability is taken together with the noise it will be drawn with
-    (`sampling.draft_scores`).
+    The path of the likeliest token at each step, as long as it may be; then whatever paths have the
+    greatest probabilities. Of rows that draw, a token's probability is taken together with the
+    noise it will be drawn with (`sampling.draft_scores`).
 
     Args:
       log_pi: of the experts, behind all that is known.
@@ -45,9 +50,10 @@ def likeliest_paths(
     batch, _, steps, vocab = log_p.shape
     beam_pi = log_pi[:, None]
     beam_score = jnp.zeros((batch, 1), jnp.float32)
-    # The root is found 0; paths are numbered in the order they are found.
+    # The root is path 0; paths are numbered in the order they are found, at each step the chain's
+    # before all others.
     beam_path = jnp.zeros((batch, 1), jnp.int32)
-    scores, columns, parents = [], [], []
+    scores, ranks, columns, parents = [], [], [], []
     number = 1
     for step in range(steps):
         # A path of this length has `step` others before it that are at least as likely.
@@ -62,7 +68,8 @@ def likeliest_paths(
         own = jax.nn.log_softmax(tilted, axis=-1).reshape(batch, width, vocab)
         best, column = jax.lax.top_k(own, min(wanted, vocab))
         whole = (beam_score[:, :, None] + jnp.minimum(best, 0.0)).reshape(batch, -1)
-        score, found = jax.lax.top_k(whole, min(wanted, whole.shape[1]))
+        found = jax.lax.top_k(_first_to_front(whole), min(wanted, whole.shape[1]))[1]
+        score = jnp.take_along_axis(whole, found, axis=1)
         before = found // best.shape[2]
         token = jnp.take_along_axis(column.reshape(batch, -1), found, axis=1).astype(jnp.int32)
         seen = jnp.take_along_axis(table, token[:, None], axis=-1).swapaxes(1, 2)
@@ -72,14 +79,21 @@ def likeliest_paths(
         beam_pi = cp_mixture.told(beam_pi, seen)[1]
         parents.append(jnp.take_along_axis(beam_path, before, axis=1))
         scores.append(score)
+        ranks.append(_first_to_front(score))
         columns.append(jnp.where(jnp.isfinite(score), token, -1))
         beam_path = jnp.broadcast_to(number + jnp.arange(score.shape[1])[None, :], score.shape)
         beam_score, number = score, number + score.shape[1]
-    found_all = [jnp.concatenate(x, axis=1) for x in (scores, columns, parents)]
+    found_all = [jnp.concatenate(x, axis=1) for x in (ranks, scores, columns, parents)]
     return _best(*found_all, count=count, steps=steps)
 
 
+def _first_to_front(scores: Float[Array, "B paths"]) -> Float[Array, "B paths"]:
+    """The same with the first one above all others."""
+    return scores.at[:, 0].set(jnp.inf)
+
+
 def _best(
+    ranks: Float[Array, "B found"],
     scores: Float[Array, "B found"],
     columns: Int[Array, "B found"],
     parents: Int[Array, "B found"],
@@ -89,9 +103,9 @@ def _best(
 ) -> tuple[RowTrees, Int[Array, "B count"], Float[Array, "B count"]]:
     """The tree of the best paths, which are numbered from 1; a parent comes before its child.
 
-    Equal scores rank in the order of paths (`top_k`), so a path never comes without its parent.
+    Equal ranks go in the order of paths (`top_k`), so a path never comes without its parent.
     """
-    kept = jnp.sort(jax.lax.top_k(scores, count)[1], axis=1)
+    kept = jnp.sort(jax.lax.top_k(ranks, count)[1], axis=1)
     above = jnp.take_along_axis(parents, kept, axis=1)
     # Numbered anew: as many nodes as are kept up to the parent. The root is path 0 and node 0.
     before = kept[:, None, :] + 1 <= above[:, :, None]

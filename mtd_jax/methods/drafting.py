@@ -73,7 +73,7 @@ class Guessed(Known):
 
 
 class TreeDrafting(BaseMethod):
-    """A method whose drafts hang on static trees: every step verifies the one that pays."""
+    """A method whose drafts hang on trees of static sizes: a step verifies the one that pays."""
 
     costs: Any
     """[trees] float32: what a step with each tree costs, in any unit."""

@@ -87,7 +87,8 @@ class Checkpoints:
 
     def _loss(self, metrics: Mapping[str, Any]) -> float:
         """The held-out loss of a checkpoint; infinite where it was measured on other texts."""
-        same = metrics.get("measured_on", "") == self._measured_on
+        # Runs of before this was written down are taken to be measured on the same texts.
+        same = metrics.get("measured_on", self._measured_on) == self._measured_on
         return float(metrics["loss"]) if same else math.inf
 
     def find(self, which: str) -> int:

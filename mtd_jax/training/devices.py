@@ -131,7 +131,7 @@ _TOLD_BYTES = 512
 
 @contextlib.contextmanager
 def refused_together() -> Iterator[None]:
-    """What one process of several refuses (`InputError`) within, every one of them refuses.
+    """What one process of several refuses within (`InputError`, `OSError`), all of them refuse.
 
     They meet at its end, so that none waits for another that has gone.
 
@@ -143,10 +143,10 @@ def refused_together() -> Iterator[None]:
         return
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:
         # Whether or not the others can still be told, this is what was wrong here.
         with contextlib.suppress(Exception):
-            _tell_all(str(error))
+            _tell_all(str(error) or type(error).__name__)
         raise
     for number, text in enumerate(_tell_all("")):
         if text:

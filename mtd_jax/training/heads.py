@@ -21,7 +21,8 @@ from mtd_jax.transformer.losses import Totals
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed, shifted
 
-_LOOKED_AT = 256
+_AT_ONCE = 64
+"""Rows that are looked at together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +65,13 @@ class HeadsTraining:
         """Looks whether there is something to learn for every head.
 
         Raises:
-          InputError: names the heads for which there is nothing in rows from all over: their texts
-            are too short.
+          InputError: names the heads for which no row has anything: all texts are too short.
         """
-        missing = None
-        for i in range(0, len(rows), max(1, len(rows) // _LOOKED_AT)):
-            counts = self.counts(jax.tree.map(lambda x: jnp.asarray(x)[None], rows[i]))
-            nothing = {name for name, number in counts.items() if not number}
+        missing: set[str] | None = None
+        for first in range(0, len(rows), _AT_ONCE):
+            some = [rows[i] for i in range(first, min(first + _AT_ONCE, len(rows)))]
+            counts = self.counts(jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *some))
+            nothing = {name for name, number in counts.items() if not number} - {"loss", "joint"}
             missing = nothing if missing is None else missing & nothing
             if not missing:
                 return

@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "self_speculative": {"skip_attention": "1", "drafts": 3},
     "medusa": {"tree": "chain"},
     "hidden_transfer": {"tree": "chain"},
-    "cp": {"tree": "chain"},
+    "cp": {"tree": "2x1"},  # no chain: on the likeliest paths
     "independent_heads": {"tree": "chain"},
     "dmtd": {"cycle": 3, "late": 2},
 }

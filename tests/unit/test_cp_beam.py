@@ -53,21 +53,25 @@ def _chances(w: np.ndarray, p: np.ndarray) -> dict[tuple[int, ...], float]:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 31])
 @pytest.mark.parametrize("scale", [0.3, 3.0])
-def test_they_are_the_likeliest_of_all(count: int, scale: float) -> None:
+def test_they_are_the_chain_and_the_likeliest_of_all(count: int, scale: float) -> None:
     w, p = _tables(scale)
     trees, columns, scores = _found(w, p, _rows(0.0), FIRST, count=count)
     assert trees.size == count + 1
     plain_w, plain_p = (np.exp(np.asarray(x, np.float64)) for x in (w, p))
     for row in range(BATCH):
         chances = _chances(plain_w[row], plain_p[row])
-        best = sorted(chances, key=lambda path: -chances[path])[:count]
+        chain: list[tuple[int, ...]] = []
+        for _ in range(min(STEPS, count)):
+            before = chain[-1] if chain else ()
+            chain.append(max(((*before, x) for x in range(VOCAB)), key=lambda p: chances[p]))
+        others = sorted(chances.keys() - set(chain), key=lambda path: -chances[path])
+        best = [*chain, *others[: count - len(chain)]]
         paths = _paths(trees, columns, row)
         assert set(paths) == set(best)
         np.testing.assert_allclose(np.exp(scores[row]), [chances[x] for x in paths], rtol=1e-5)
 
 
-def test_no_tree_keeps_more() -> None:
-    """The probabilities of its nodes add up to the drafts that a text of the mixture keeps."""
+def test_scores_add_up_to_the_drafts_that_a_text_of_the_mixture_keeps() -> None:
     w, p = _tables(2.0)
     trees, columns, scores = _found(w, p, _rows(0.0), FIRST, count=6)
     for row in range(BATCH):
