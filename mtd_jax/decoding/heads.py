@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from mtd_jax.errors import InputError
 from mtd_jax.transformer.losses import Totals
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.transformer.packed import Packed
+from mtd_jax.transformer.stack import Remat
 from mtd_jax.typing import Array, Int
 
 ACCURACIES = "accuracies"
@@ -129,3 +130,27 @@ class HeadsSpec(abc.ABC):
     @abc.abstractmethod
     def flops(self, config: ModelConfig) -> float:
         """Floating-point operations a token of a training step, attention left out."""
+
+
+class WholeSpec(HeadsSpec):
+    """A spec whose heads may be trained together with the model below them."""
+
+    trunk: Literal["frozen", "trained"]
+    """An option. `trained`: all weights learn, by `whole_loss`; there is no base to distil from."""
+
+    @abc.abstractmethod
+    def whole_loss(
+        self,
+        weights: Any,
+        params: Parameters,
+        batch: Packed,
+        counts: Totals,
+        *,
+        chunk: int,
+        remat: Remat,
+    ) -> tuple[jax.Array, Totals]:
+        """As `training_loss`, with gradients for the model; `remat` is `train_stack`'s."""
+
+    @abc.abstractmethod
+    def whole_flops(self, config: ModelConfig) -> float:
+        """As `flops`, of the heads and all that is read of the output head, both ways."""

@@ -24,7 +24,7 @@ from jax.nn import initializers
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.draft_vocabulary import check_count, cut, numbered
-from mtd_jax.decoding.heads import HeadsSpec
+from mtd_jax.decoding.heads import WholeSpec
 from mtd_jax.errors import InputError
 from mtd_jax.methods import cp_mixture
 from mtd_jax.methods.cp_weights import CPWeights
@@ -49,7 +49,7 @@ _NOISE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class CPSpec(HeadsSpec):
+class CPSpec(WholeSpec):
     """Options of CP heads that say what is trained, and how.
 
     Raises:

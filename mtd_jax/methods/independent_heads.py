@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.draft_vocabulary import DraftVocabulary, bytes_read, likeliest
-from mtd_jax.decoding.heads import Heads
+from mtd_jax.decoding.heads import Heads, WholeSpec
 from mtd_jax.decoding.method import Extend
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import TokenTree
@@ -47,7 +47,7 @@ _NEXT = "next"
 
 
 @dataclasses.dataclass(frozen=True)
-class IndependentHeadsSpec(RowHeadsSpec):
+class IndependentHeadsSpec(RowHeadsSpec, WholeSpec):
     """Options of independent heads that say what is trained, and how.
 
     Raises:

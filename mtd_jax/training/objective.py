@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from mtd_jax import methods, sharding
 from mtd_jax.config import Anchor, CycleConfig
+from mtd_jax.decoding.heads import WholeSpec
 from mtd_jax.decoding.method import Method
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.methods.autoregressive import Autoregressive
-from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cycles import (
     cycle_hidden,
     kinds_of_places,
@@ -30,7 +30,6 @@ from mtd_jax.methods.cycles import (
     places_in_cycle,
 )
 from mtd_jax.methods.dmtd import DEFAULT_LATE, DMTD
-from mtd_jax.methods.independent_heads import IndependentHeadsSpec
 from mtd_jax.methods.options import read_options
 from mtd_jax.training.config import TrainConfig
 from mtd_jax.training.heads import HeadsTraining
@@ -252,7 +251,7 @@ def _heads(config: TrainConfig) -> Objective:
     options = methods.typed_options(config.method, config.options)
     spec = methods.make_spec(config.method, options)
     about = tuple(sorted(options.items()))
-    if isinstance(spec, CPSpec | IndependentHeadsSpec) and spec.trunk == "trained":
+    if isinstance(spec, WholeSpec) and spec.trunk == "trained":
         memory = config.memory
         return WholeTraining(spec, about, config.seed, memory.loss_chunk, remat=memory.remat)
     # Which tokens the texts use most is not known yet; as many others have the same shapes.

@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 
+from mtd_jax.decoding.heads import WholeSpec
 from mtd_jax.decoding.method import Method
-from mtd_jax.methods.cp_heads import CPSpec
-from mtd_jax.methods.independent_heads import IndependentHeadsSpec
 from mtd_jax.training.heads import HeadsTraining
 from mtd_jax.training.utilization import weights_in_products
 from mtd_jax.transformer.losses import Totals
@@ -22,7 +21,7 @@ from mtd_jax.transformer.stack import Remat
 class WholeTraining(HeadsTraining):
     """The objective of heads with `trunk = "trained"`: all weights, from what the spec says."""
 
-    spec: CPSpec | IndependentHeadsSpec
+    spec: WholeSpec
     remat: Remat = "layer"
 
     def split(self, params: Parameters) -> tuple[Any, Any]:
