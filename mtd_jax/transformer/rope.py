@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -79,13 +80,25 @@ def _base_frequencies(theta: float, dim: int) -> np.ndarray:
 def _dynamic_frequencies(
     rope: RopeConfig, dim: int, context: Int[Array, "B T"]
 ) -> Float[Array, "B T half"]:
-    """NTK-aware scaling whose base grows with the text once it passes the trained length."""
+    """NTK-aware scaling whose base grows with the text once it passes the trained length.
+
+    Rounded to float32 where the reference rounds. XLA's own float32 power is up to 3 units off in
+    the last place, which at position 500 moves a logit by more than 1e-4; hence float64 within.
+    """
     assert rope.original_max_position is not None  # RopeConfig requires it for this kind
     trained = float(rope.original_max_position)
     length = jnp.maximum(context.astype(jnp.float32), trained)
-    stretch = (rope.factor * length / trained - (rope.factor - 1.0)) ** (dim / (dim - 2))
-    exponents = jnp.asarray(np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
-    return 1.0 / (rope.theta * stretch)[..., None] ** exponents[None, None, :]
+    grown = rope.factor * length / trained - (rope.factor - 1.0)
+    base = rope.theta * _power(grown, np.asarray(dim / (dim - 2)))
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return 1.0 / _power(base[..., None], exponents[None, None, :])
+
+
+def _power(base: Float[Array, "..."], exponent: np.ndarray) -> Float[Array, "..."]:
+    """base ** exponent, exact up to the rounding of its result."""
+    with jax.enable_x64(True):
+        power = base.astype(jnp.float64) ** jnp.asarray(exponent, jnp.float64)
+        return power.astype(jnp.float32)
 
 
 def _llama3_frequencies(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
