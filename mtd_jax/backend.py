@@ -5,6 +5,10 @@ Everything here was chosen by measurement (docs/performance.md) and changes spee
 
 from __future__ import annotations
 
+import glob
+import importlib.metadata
+import importlib.util
+import os
 from pathlib import Path
 
 import jax
@@ -16,7 +20,30 @@ _CPU_DECODE: dict[str, int | str] = {
     "xla_cpu_experimental_ynn_fusion_type": "",
 }
 
+_GOOGLE = "0x1ae0"
+"""Vendor of TPU chips on the PCI bus."""
+
 _MAPS_SHARE = 0.7
+
+
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips; asking JAX would start them."""
+    if any(glob.glob(name) for name in ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")):
+        return True
+    vendors = (Path(name) for name in glob.glob("/sys/bus/pci/devices/*/vendor"))
+    return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+
+
+def leave_libtpu_alone() -> None:
+    """Keeps JAX on the CPU where libtpu is installed, as for `mtd compile`, without a TPU.
+
+    There libtpu prints five lines on stderr and takes two seconds to find out. Nothing is changed
+    where JAX_PLATFORMS says what to use, or where there may be another accelerator.
+    """
+    if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None or has_tpu():
+        return
+    if not importlib.metadata.entry_points(group="jax_plugins"):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def decode_options(platform: str | None = None) -> dict[str, int | str] | None:

@@ -14,7 +14,6 @@ from mtd_jax.cli import arguments
 from mtd_jax.config import ModelConfig, read_shape
 from mtd_jax.convert.atomic import write_file
 from mtd_jax.convert.load import read_description
-from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment, pods
 from mtd_jax.evaluation.pods_report import to_json
 from mtd_jax.sharding import parse_mesh
@@ -27,7 +26,8 @@ Compile the training step and the decode loops for a TPU topology, without a TPU
 
 CONFIG is a training config; its `model` may be a shape (configs/models/*.toml), and nothing else
 that it names needs to be there. Heads, of which only the shapes matter, are compiled with the
-config's [options] where it trains them, and draft chains. Seconds are an estimate:
+config's [options] where it trains them, and draft chains. With mesh.slices = N the step is compiled
+for N slices of the topology, and decoding for one. Seconds are an estimate:
 max(FLOPs / peak, bytes / HBM bandwidth) + bytes sent / ring bandwidth. What does not fit in a
 chip's memory is reported, and the exit code is 1.
 """
@@ -69,19 +69,16 @@ def run(args: argparse.Namespace) -> int:
     arguments.check_positive(args, "decode_batch", "decode_length")
     sizes = parse_mesh(args.decode_mesh) if args.decode_mesh else {}
     config = read_config(args.config, args.set)
-    if config.mesh.slices > 1:
-        raise InputError(
-            f"mesh.slices = {config.mesh.slices}, but a topology is one slice: compile the share "
-            "of one with --set mesh.slices=1 and its part of data.batch_size"
-        )
     model = _model(config.model)
     topology = pods.Topology.of(args.topology)
+    # The training step is for all slices; each decodes for itself.
+    whole = pods.Topology.of(args.topology, config.mesh.slices)
     plan = None
     if not args.train_only:  # checked before minutes go by with the training step
         names, length = args.methods.split(","), args.decode_length
         plan = pods.DecodePlan.of(config, model, topology, sizes, names, args.decode_batch, length)
-    with Console(stderr=True).status(f"compiling for {topology.name}") as status:
-        found = [pods.train_step(config, model, topology)]
+    with Console(stderr=True).status(f"compiling for {whole.name}") as status:
+        found = [pods.train_step(config, model, whole)]
         decode: dict[str, Any] = {}
         if plan is not None:
             decode = {"decode_batch": plan.batch, "decode_length": plan.capacity}
@@ -96,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         "length": config.data.length,
         "remat": config.memory.remat,
         **decode,
-        **to_json(found, model, topology),
+        **to_json(found, model, whole),
     }
     if args.out is not None:
         write_file(Path(args.out), json.dumps(result, indent=2) + "\n")
@@ -149,6 +146,11 @@ def _details(row: dict[str, Any], parameter_bytes: int) -> list[str]:
     )
     share = row["largest_gather"] / parameter_bytes
     lines = [f"{row['name']}: {kinds or 'no collectives'}; largest gather {share:.1%} of the model"]
+    if row["sent_between_slices"]:
+        lines.append(
+            f"{row['name']} hands {row['sent_between_slices'] / 1e9:.2f} GB to the network between "
+            "slices, which the time leaves out"
+        )
     if row["gathered_stacks"]:
         lines.append(
             f"{row['name']} GATHERS {row['gathered_stacks']} weights of all layers at once"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from mtd_jax.cli.arguments import Subparsers
@@ -132,7 +133,7 @@ def _to_medusa(args: argparse.Namespace) -> int:
 
 
 def _gigabytes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise ValueError(text)
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"takes 10^9 bytes as a number, 0.1 or 5, got '{text[:40]}'")

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from jax.errors import JaxRuntimeError
 
 from mtd_jax import __version__
+from mtd_jax.backend import leave_libtpu_alone
 from mtd_jax.cli import (
     aot,
     bench,
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command: 0 on success, 2 with one line on stderr for bad input, 1 on a failure."""
     warnings.showwarning = _show_warning
     try:
+        leave_libtpu_alone()
         parser = make_parser()
         args = parser.parse_args(argv)
         code: int = args.run(args)

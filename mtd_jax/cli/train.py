@@ -18,16 +18,17 @@ from mtd_jax.cli.session import cache_directory, use_compilation_cache
 from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
 from mtd_jax.convert.heads import save_heads
-from mtd_jax.convert.load import load_as_stored, read_description
+from mtd_jax.convert.load import check_weights, load_as_stored, read_description
 from mtd_jax.decoding.draft_vocabulary import VOCABULARY, most_frequent
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import encode, read_prompts
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment
 from mtd_jax.parameters import count
+from mtd_jax.training.agreement import refused_together
 from mtd_jax.training.config import TrainConfig, read_config, to_dict
 from mtd_jax.training.data import prepare
-from mtd_jax.training.devices import Processes, refused_together, training_mesh
+from mtd_jax.training.devices import Processes, training_mesh
 from mtd_jax.training.heads import HeadsTraining, measured
 from mtd_jax.training.log import read_log
 from mtd_jax.training.loop import (
@@ -142,6 +143,7 @@ def prepare_run(config: TrainConfig) -> Run:
     """
     model_path = Path(config.model)
     model, tokenizer = read_description(model_path)
+    fingerprint = check_weights(model_path)
     trainer = Trainer.of(config)
     mesh = training_mesh(config.mesh)
     if Path(config.out).exists() and not Path(config.out).is_dir():
@@ -162,7 +164,8 @@ def prepare_run(config: TrainConfig) -> Run:
     run = Run(
         config=config,
         model=model,
-        load=lambda: load_as_stored(model_path, mesh=mesh),
+        fingerprint=fingerprint,
+        load=refused_together()(lambda: load_as_stored(model_path, mesh=mesh)),
         trainer=trainer,
         mesh=mesh,
         train=data.train,
@@ -228,11 +231,11 @@ def _show(report: dict[str, Any]) -> None:
     if report["goes_on_behind_step"] is not None:
         console.print(f"goes on     behind step {report['goes_on_behind_step']:,}")
     for name, values in report["data"].items():
-        text = ", ".join(f"{key} {value:,}" for key, value in values.items())
+        text = ", ".join(f"{key} {round(value, 3):,}" for key, value in values.items())
         console.print(f"{name:<11} {text}")
     console.print(f"FLOPs       {report['flops_per_token']:.3g} a token")
     parts = report["memory_per_device"]
-    text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    text = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
     console.print(f"memory      of each device, GB: {text}")
     console.print(
         "\nthe first row; what is learned is [[so]], a new document begins at ¶\n", markup=False

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtd_jax.config import ModelConfig, RopeConfig
-from mtd_jax.convert.assemble import assemble, check_tensors, plan, stored_dtype
+from mtd_jax.convert.assemble import Piece, assemble, check_tensors, plan, stored_dtype
 from mtd_jax.convert.families import FAMILIES, Family, gguf_tensors
 from mtd_jax.convert.gguf_header import check_header
 from mtd_jax.convert.gguf_tokenizer import read_tokenizer as tokenizer_of
@@ -226,11 +226,21 @@ def read_parameters(
         large for `dtype`.
     """
     config = read_config(file)
-    leaves = plan(config, gguf_tensors(FAMILIES[config.family]))
-    check_tensors(config, file, leaves, lambda name: name == _ROPE_FACTORS)
+    leaves = planned(config, file)
     if dtype is None:  # writers keep norms in float32, whatever the matrices are
         dtype = stored_dtype(config, file, leaves, matrices_only=True)
     return assemble(config, file, leaves, dtype, mesh)
+
+
+def planned(config: ModelConfig, file: GGUFFile) -> Mapping[str, tuple[Piece, ...]]:
+    """For the path of every leaf of the model, the tensors that fill it, found to be there.
+
+    Raises:
+      InputError: missing, extra or wrongly shaped tensors (all are named).
+    """
+    leaves = plan(config, gguf_tensors(FAMILIES[config.family]))
+    check_tensors(config, file, leaves, lambda name: name == _ROPE_FACTORS)
+    return leaves
 
 
 def read_tokenizer(file: GGUFFile) -> Tokenizer | None:

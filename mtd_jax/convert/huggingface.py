@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.convert.assemble import (
+    Piece,
     assemble,
     check_tensors,
     disassemble,
@@ -74,11 +75,21 @@ def read_parameters(
       InputError: missing, extra or wrongly shaped tensors (all are named), NaN, or values too
         large for `dtype`.
     """
-    leaves = plan(config, HF_TENSORS)
-    check_tensors(config, files, leaves, is_harmless(config))
+    leaves = planned(config, files)
     if config.tie_embeddings and _HEAD in files.names():
         _check_tied(files)
     return assemble(config, files, leaves, dtype or stored_dtype(config, files, leaves), mesh)
+
+
+def planned(config: ModelConfig, files: TensorSource) -> Mapping[str, tuple[Piece, ...]]:
+    """For the path of every leaf of the model, the tensors that fill it, found to be there.
+
+    Raises:
+      InputError: missing, extra or wrongly shaped tensors (all are named).
+    """
+    leaves = plan(config, HF_TENSORS)
+    check_tensors(config, files, leaves, is_harmless(config))
+    return leaves
 
 
 def is_harmless(config: ModelConfig) -> Callable[[str], bool]:

@@ -73,6 +73,28 @@ def read_description(path: str | os.PathLike[str]) -> tuple[ModelConfig, Tokeniz
     return huggingface.read_config(place), _tokenizer(place)
 
 
+def check_weights(path: str | os.PathLike[str]) -> str | None:
+    """What `load` finds out about the files of the weights before it reads values.
+
+    Returns:
+      The fingerprint, where it is written down.
+
+    Raises:
+      InputError: as for `load`.
+    """
+    kind, place = locate(Path(path))
+    if kind == "native":
+        info = native.read_info(place)
+        native.check_files(place, info)
+        return info.fingerprint
+    elif kind == "gguf":
+        opened = gguf.open_gguf(place)
+        gguf.planned(gguf.read_config(opened), opened)
+    else:
+        huggingface.planned(huggingface.read_config(place), open_safetensors(place))
+    return None
+
+
 def locate(path: Path) -> tuple[str, Path]:
     """What lies at a path: `native`, `huggingface` or `gguf`, and its directory or file.
 

@@ -101,6 +101,15 @@ def read_info(directory: Path) -> NativeInfo:
     return NativeInfo(config=config, files=values.get("files"), **texts)
 
 
+def check_files(directory: Path, info: NativeInfo) -> None:
+    """Looks whether the files of the weights are there and as long as they were.
+
+    Raises:
+      InputError: names the first that is missing or was changed.
+    """
+    check_inventory(directory / _PARAMS, info.files)
+
+
 def read_native(
     directory: Path, info: NativeInfo, dtype: np.dtype | None = None, mesh: Mesh | None = None
 ) -> Parameters:
@@ -109,7 +118,7 @@ def read_native(
     Raises:
       InputError: weights are missing, of another shape than the config says, or unreadable.
     """
-    check_inventory(directory / _PARAMS, info.files)
+    check_files(directory, info)
     declared = declare(info.config)
     dtype = FLOATS[info.dtype] if dtype is None else dtype
     wanted = {

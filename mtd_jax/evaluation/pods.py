@@ -54,8 +54,8 @@ class Topology:
     devices: tuple[Any, ...]
 
     @classmethod
-    def of(cls, name: str) -> Topology:
-        """The topology of a name like `v5e:16x16`.
+    def of(cls, name: str, slices: int = 1) -> Topology:
+        """So many slices of the topology of a name like `v5e:16x16`, one behind another.
 
         Must come before anything asks JAX for its devices: it keeps JAX on the CPU.
 
@@ -76,9 +76,12 @@ class Topology:
         from jax.experimental import topologies
 
         try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=name, num_slices=slices
+            )
         except (RuntimeError, ValueError) as error:
             raise InputError(f"libtpu knows no topology '{name}': {first_line(error)}") from None
+        name = name if slices == 1 else f"{slices} slices of {name}"
         return cls(name, CHIPS[kind], tuple(found.devices))
 
 

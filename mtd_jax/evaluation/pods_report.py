@@ -61,6 +61,7 @@ def _program(found: Compiled) -> dict[str, Any]:
         "model_flops": found.model_flops,
         "hbm_traffic": found.cost.hbm_bytes,
         "sent": found.cost.ici_bytes,
+        "sent_between_slices": found.cost.slices_bytes,
         "collectives": by_kind,
         "largest_gather": found.largest_gather,
         "gathered_stacks": found.gathered_stacks,

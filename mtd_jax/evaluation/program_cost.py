@@ -34,6 +34,7 @@ _FREE = frozenset(
 _SLICES = ("dynamic-slice", "gather", "slice")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode -> which operand is written
 _IS_ALTERNATIVE = re.compile(rf'op_name="[^"]*/{ONE_OF}/while"')
+_BETWEEN_SLICES = "xla_megascale_runtime"
 _THROUGH = ("bitcast", "reshape", "get-tuple-element", "convert", "copy", "transpose")
 
 
@@ -70,11 +71,14 @@ class Cost:
     hbm_bytes: float = 0.0
     """Read and written in its memory, an estimate: operands and results of each kernel."""
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+    slices_bytes: float = 0.0
+    """Handed to the host for other slices; what its runtime makes of a sum is not in the text."""
 
     def add(self, other: Cost, times: int = 1) -> None:
         """Adds what runs so many times."""
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
+        self.slices_bytes += times * other.slices_bytes
         for channel, found in other.collectives.items():
             self.collectives[channel] = dataclasses.replace(found, count=times * found.count)
 
@@ -121,6 +125,8 @@ def program_cost(text: str) -> Cost:
         called = called or (instruction.called("to_apply") if opcode == "call" else None)
         if called is not None:
             total.add(of(called, fused=fused or opcode != "call"))
+        if opcode == "send" and _BETWEEN_SLICES in instruction.attributes:
+            total.slices_bytes += instruction.results[0].size
         if opcode in ("convolution", "dot"):
             total.flops += _products(program, where, instruction)
         collective = _collective(program, where, instruction)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import glob
-import hashlib
 import importlib.util
-import json
 import os
-import socket
-import time
-from collections.abc import Iterator, Mapping
+import sys
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mtd_jax.backend import has_tpu
 from mtd_jax.errors import InputError, first_line
 from mtd_jax.sharding import MESH_AXES, RULES, arrange
 from mtd_jax.training.config import MeshConfig
+from mtd_jax.training.rendezvous import find_each_other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +64,11 @@ class Processes:
 
     def _initialize(self) -> None:
         timeout = _number("MTD_CONNECT_TIMEOUT", 300)
-        if self.coordinator is not None and self.index != 0:
-            # JAX ends the process with a stack trace if nobody answers; so ask first.
-            _wait_for(self.coordinator, timeout)
+        if self.coordinator is None or self.count is None or self.index is None:
+            # JAX finds the others, and if they do not come, ends the process with a stack trace.
+            sys.stderr.write(f"up to {timeout} s for all processes (MTD_CONNECT_TIMEOUT)\n")
+        else:
+            find_each_other(self.coordinator, self.count, self.index, timeout)
         try:
             jax.distributed.initialize(
                 self.coordinator, self.count, self.index, initialization_timeout=timeout
@@ -89,27 +86,6 @@ def _number(variable: str, default: int) -> int:
     return int(text)
 
 
-def _wait_for(address: str, timeout: int) -> None:
-    """Until somebody listens there.
-
-    Raises:
-      InputError: nobody does in `timeout` seconds.
-    """
-    host, _, port = address.rpartition(":")
-    until = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > until:
-                raise InputError(
-                    f"the processes of this run did not find each other: nobody answers at "
-                    f"{address} ({error.strerror or error})"
-                ) from None
-        time.sleep(0.2)
-
-
 def _in_cluster() -> bool:
     """Whether JAX can find out by itself that there are other processes.
 
@@ -122,59 +98,7 @@ def _in_cluster() -> bool:
         return True
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return False
-    has_chips = any(glob.glob(name) for name in ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"))
-    return has_chips and importlib.util.find_spec("libtpu") is not None
-
-
-_TOLD_BYTES = 512
-
-
-@contextlib.contextmanager
-def refused_together() -> Iterator[None]:
-    """What one process of several refuses within (`InputError`, `OSError`), all of them refuse.
-
-    They meet at its end, so that none waits for another that has gone.
-
-    Raises:
-      InputError: on the others too, with what that process said.
-    """
-    if jax.process_count() == 1:
-        yield
-        return
-    try:
-        yield
-    except (InputError, OSError) as error:
-        # Whether or not the others can still be told, this is what was wrong here.
-        with contextlib.suppress(Exception):
-            _tell_all(str(error) or type(error).__name__)
-        raise
-    for number, text in enumerate(_tell_all("")):
-        if text:
-            raise InputError(f"process {number} of this run refused: {text}")
-
-
-def _tell_all(text: str) -> list[str]:
-    """What every process says, in their order."""
-    own = np.zeros(_TOLD_BYTES, np.uint8)
-    said = np.frombuffer(text.encode()[:_TOLD_BYTES], np.uint8)
-    own[: len(said)] = said
-    every = multihost_utils.process_allgather(own)
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(every)]
-
-
-def check_same_everywhere(about: Mapping[str, Any]) -> None:
-    """Refuses processes that were started with different configs, texts or models.
-
-    Raises:
-      InputError: on all of them.
-    """
-    if jax.process_count() == 1:
-        return
-    text = json.dumps(about, sort_keys=True, default=str)
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    every = multihost_utils.process_allgather(digest)
-    if (every != every[0]).any():
-        raise InputError("the processes of this run differ in their config, texts or model")
+    return has_tpu() and importlib.util.find_spec("libtpu") is not None
 
 
 def training_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

@@ -17,14 +17,11 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import Prompt
 from mtd_jax.errors import InputError, RunError
 from mtd_jax.training import utilization
+from mtd_jax.training.agreement import check_same_everywhere
 from mtd_jax.training.batches import batches, held_out_batches
 from mtd_jax.training.checkpoint import Checkpoints
 from mtd_jax.training.config import TrainConfig, to_dict
-from mtd_jax.training.devices import (
-    batch_sharding,
-    check_same_everywhere,
-    share_of_rows,
-)
+from mtd_jax.training.devices import batch_sharding, share_of_rows
 from mtd_jax.training.evaluate import Decoding, HeldOut
 from mtd_jax.training.log import RunLog
 from mtd_jax.training.objective import reaches_layers
@@ -50,6 +47,8 @@ class Run:
 
     config: TrainConfig
     model: ModelConfig
+    fingerprint: str | None
+    """The base's, where it is known before its weights are read."""
     load: Callable[[], LanguageModel]
     """Reads the base onto `mesh`. Not read before it is needed, and not kept longer."""
     trainer: Trainer
@@ -142,7 +141,8 @@ def restored(run: Run, which: str) -> Outcome:
 def behind_step(run: Run) -> int | None:
     """The step of the newest checkpoint, behind which `fit` would go on; None if there is none.
 
-    Weights are not read, so a checkpoint of another base is found by `fit` alone.
+    Weights are not read: where the base's files do not say its fingerprint, a checkpoint of
+    another base is found by `fit` alone.
 
     Raises:
       InputError: the checkpoint is of another run.
@@ -155,7 +155,7 @@ def behind_step(run: Run) -> int | None:
         newest = checkpoints.latest
         if newest is not None:
             saved = checkpoints.about(newest)
-            check_same_run(saved, _about(run, saved.get("base")))
+            check_same_run(saved, _about(run, run.fingerprint or saved.get("base")))
     finally:
         checkpoints.close()
     return newest

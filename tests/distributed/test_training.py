@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -172,23 +173,29 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _together(
-    place: Path, out: Path, devices: int = 1, **changes: Any
+def _two(
+    place: Path, outs: tuple[Path, Path], *, devices: int = 1, changes: tuple[Any, Any] = ({}, {})
 ) -> list[subprocess.Popen[str]]:
-    """Two processes of so many devices each."""
+    """Two processes of so many devices each, with the config's changes of each."""
     port = _free_port()
-    environment = command_line.environment(devices=devices)
     return [
         _start(
             place,
             out,
             *("--coordinator", f"127.0.0.1:{port}"),
             *("--process-count", "2", "--process-index", str(index)),
-            environment=environment,
-            **{"mesh__data": 0, **changes},
+            environment=command_line.environment(devices=devices)
+            | {"MTD_CACHE_DIR": str(place / f"cache-{out.name}-{index}")},
+            **{"mesh__data": 0, **own},
         )
-        for index in range(2)
+        for index, (out, own) in enumerate(zip(outs, changes, strict=True))
     ]
+
+
+def _together(
+    place: Path, out: Path, devices: int = 1, **changes: Any
+) -> list[subprocess.Popen[str]]:
+    return _two(place, (out, out), devices=devices, changes=(changes, changes))
 
 
 def _few(place: Path) -> dict[str, Any]:
@@ -266,30 +273,46 @@ def test_two_processes_stop_together(place: Path) -> None:
     checkpoints.close()
 
 
-def test_what_one_process_refuses_all_refuse(small: Path) -> None:
+@pytest.mark.parametrize("what", ["prompts", "weights"])
+def test_what_one_process_refuses_all_refuse(small: Path, what: str) -> None:
     """In one line each, and at once: nobody waits for a process that has gone."""
-    began, port = time.monotonic(), _free_port()
-    there = _few(small)
-    missing = {**there, "evaluate__prompts": str(small / "nowhere.jsonl")}
-    both = [
-        _start(
-            small,
-            small / f"refused-{index}",
-            *("--coordinator", f"127.0.0.1:{port}"),
-            *("--process-count", "2", "--process-index", str(index)),
-            **{"mesh__data": 0, **changes},
-        )
-        for index, changes in enumerate((there, missing))
-    ]
+    began = time.monotonic()
+    if what == "prompts":
+        missing = {"evaluate__prompts": str(small / "nowhere.jsonl")}
+    else:
+        shutil.copytree(small / "model", small / "nowhere")
+        shutil.rmtree(small / "nowhere" / "params")
+        missing = {"model": str(small / "nowhere")}
+    few = _few(small)
+    both = _two(
+        small, (small / f"{what}-0", small / f"{what}-1"), changes=(few, {**few, **missing})
+    )
     said = [_ended(process, 2) for process in both]
-    assert all("nowhere.jsonl" in text and "Traceback" not in text for text in said)
+    assert all("nowhere" in text and "Traceback" not in text for text in said)
     assert "process 1 of this run refused" in said[0]
     assert time.monotonic() - began < 90
 
 
-def test_processes_that_do_not_find_each_other(place: Path) -> None:
+def test_a_process_may_be_slow_to_prepare(small: Path) -> None:
+    """By more than the 30 seconds that devices of CPUs wait for each other at first."""
+    out = small / "slow"
+    changes = {**_few(small), "data__cache": ""}  # each its own
+    both = _two(small, (out, out), changes=(changes, changes))
+    tokens = small / "cache-slow-1" / "tokens"
+    _wait(both[1], lambda: tokens.is_dir() and any(tokens.iterdir()))
+    both[1].send_signal(signal.SIGSTOP)
+    time.sleep(35)
+    both[1].send_signal(signal.SIGCONT)
+    for process in both:
+        _ended(process)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_that_do_not_find_each_other(place: Path, index: int) -> None:
+    """In one line: left to itself, JAX ends such a process with a stack trace."""
     port = _free_port()
-    flags = ["--coordinator", f"127.0.0.1:{port}", "--process-count", "2", "--process-index", "1"]
+    flags = ["--coordinator", f"127.0.0.1:{port}", "--process-count", "2"]
+    flags += ["--process-index", str(index)]
     config = write_config(place, "alone.toml", **{**CHANGES, "out": str(place / "alone")})
     environment = command_line.environment() | {"MTD_CONNECT_TIMEOUT": "3"}
     done = subprocess.run(
@@ -302,3 +325,4 @@ def test_processes_that_do_not_find_each_other(place: Path) -> None:
     )
     assert done.returncode == 2, done.stderr
     assert "did not find each other" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr

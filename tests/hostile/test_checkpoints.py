@@ -324,6 +324,7 @@ def test_the_command_line_says_one_line_and_writes_nothing(tmp_path: Path) -> No
         ["convert", "from-hf", good],
         ["convert", "sideways", good, out],
         ["convert", "to-hf", good, out, "--shard-size", "-1"],
+        ["convert", "to-hf", good, out, "--shard-size", "100MB"],
         ["convert"],
         ["fetch", "smollm2-135m-instrct", "--out", out],
         ["fetch", "smollm2-135m-instruct"],

@@ -86,7 +86,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_greedy_answers_are_those_of_transformers(exported: Path) -> None:
+@pytest.mark.parametrize("mesh", ["", "data=2,tensor=4"], ids=["one device", "mesh"])
+def test_greedy_answers_are_those_of_transformers(exported: Path, mesh: str) -> None:
     """128 tokens to each of ten prompts, by the chat template of either side.
 
     Every token is the greatest of what transformers says behind those before it, or less than 1e-4
@@ -96,7 +97,8 @@ def test_greedy_answers_are_those_of_transformers(exported: Path) -> None:
 
     theirs = AutoTokenizer.from_pretrained(exported)
     reference = hf.load_reference(exported)
-    model = mtd.load(model_directory(), dtype="float32")
+    places = make_mesh(parse_mesh(mesh)) if mesh else None
+    model = mtd.load(model_directory(), dtype="float32", mesh=places)
     assert model.tokenizer is not None
     prompts = []
     for text in PROMPTS:
@@ -109,11 +111,12 @@ def test_greedy_answers_are_those_of_transformers(exported: Path) -> None:
         prompts.append(ids)
     assert max(len(ids) for ids in prompts) > 500
 
-    # The short ones in a batch, the long one alone, as the command line does; text, so that our
-    # template is used.
+    # On one device the short ones in a batch, the long one alone, as the command line does; text,
+    # so that our template is used.
+    batches = (PROMPTS,) if mesh else (PROMPTS[:-1], PROMPTS[-1:])
     done = [
         completion
-        for part in (PROMPTS[:-1], PROMPTS[-1:])
+        for part in batches
         for completion in mtd.generate(
             model,
             mtd.methods.autoregressive(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def test_flags_are_checked(place: Path) -> None:
         assert words in assert_refused(outcome)
 
 
+def _renamed(place: Path) -> Path:
+    """The model under another fingerprint, as another one of the same sizes has."""
+    copy = place / "another-model"
+    shutil.copytree(place / "model", copy)
+    values = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**values, "fingerprint": "0" * 64}))
+    return copy
+
+
 def test_a_run_from_the_dry_look_to_an_answer(place: Path) -> None:
     out = place / "run"
     config = write_config(
@@ -114,7 +124,8 @@ def test_a_run_from_the_dry_look_to_an_answer(place: Path) -> None:
         evaluate__new_tokens=8,
         log__tensorboard=True,
     )
-    look, table, done, again, answer, behind, other = run_commands(
+    another = _renamed(place)
+    look, table, done, again, answer, behind, other, base = run_commands(
         [
             ["train", config, "--dry-run", "--json"],
             ["train", config, "--dry-run"],
@@ -123,11 +134,13 @@ def test_a_run_from_the_dry_look_to_an_answer(place: Path) -> None:
             ["generate", "--model", out / "model", "--prompt", "the fox", "--max-new-tokens", "4"],
             ["train", config, "--dry-run"],
             ["train", config, "--dry-run", "--set", "seed=1"],
+            ["train", config, "--dry-run", "--set", f"model={another}"],
         ]
     )
     assert [look.code, table.code, done.code, again.code, answer.code] == [0] * 5, done.err
     assert "goes on     behind step 6\n" in behind.out
     assert "made with seed = 0" in assert_refused(other)
+    assert "is of another model" in assert_refused(base)
     report = json.loads(look.out)
     assert report["goes_on_behind_step"] is None
     assert report["batch"] == [8, 48]

@@ -13,7 +13,6 @@ from mtd_jax.errors import InputError
 from mtd_jax.training.config import MeshConfig
 from mtd_jax.training.devices import (
     Processes,
-    refused_together,
     share_of_rows,
     training_mesh,
 )
@@ -62,22 +61,3 @@ def test_shares_of_rows() -> None:
     assert share_of_rows(mesh, 8, 2) == (0, 1)
     with pytest.raises(InputError, match="in 2 parts does not spread over data x fsdp = 4"):
         share_of_rows(mesh, 12, 2)
-
-
-def test_what_one_refuses_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes, this one being the first; files that cannot be read count as refusals."""
-    told: list[str] = []
-
-    def tell_all(text: str) -> list[str]:
-        told.append(text)
-        return [text, "no prompts here"]
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr("mtd_jax.training.devices._tell_all", tell_all)
-    with pytest.raises(InputError, match="process 1 of this run refused: no prompts here"):
-        with refused_together():
-            pass
-    for error in (InputError("broken"), PermissionError("locked")):
-        with pytest.raises(type(error), match=str(error)), refused_together():
-            raise error
-    assert told == ["", "broken", "locked"]
