@@ -80,7 +80,9 @@ _COUNTED_ROWS = 4096
 
 def add_parser(commands: arguments.Subparsers) -> None:
     """Declares the command."""
-    parser = commands.add_parser("train", help="fit a method to a model", description=_DESCRIPTION)
+    parser = commands.add_parser(
+        "train", help="train heads, a method or the whole model", description=_DESCRIPTION
+    )
     parser.add_argument("config", metavar="CONFIG.toml", help="what to train, from what, how")
     parser.add_argument(
         "--set",

@@ -37,7 +37,9 @@ _SEARCH_FILE = "search.json"
 
 def add_parser(commands: arguments.Subparsers) -> None:
     """Declares the command."""
-    parser = commands.add_parser("tune", help="fit a method to a model", description=_DESCRIPTION)
+    parser = commands.add_parser(
+        "tune", help="search what a method does without training", description=_DESCRIPTION
+    )
     kinds = parser.add_subparsers(
         title="methods", dest="kind", required=True, metavar="METHOD", parser_class=arguments.Parser
     )
