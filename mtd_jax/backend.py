@@ -21,29 +21,43 @@ _CPU_DECODE: dict[str, int | str] = {
 }
 
 _GOOGLE = "0x1ae0"
-"""Vendor of TPU chips on the PCI bus."""
+"""Vendor on the PCI bus."""
 
 _MAPS_SHARE = 0.7
 
 
 def has_tpu() -> bool:
     """Whether this machine has TPU chips; asking JAX would start them."""
-    if any(glob.glob(name) for name in ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")):
-        return True
-    vendors = (Path(name) for name in glob.glob("/sys/bus/pci/devices/*/vendor"))
-    return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+    return any(glob.glob(name) for name in ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"))
 
 
 def leave_libtpu_alone() -> None:
     """Keeps JAX on the CPU where libtpu is installed, as for `mtd compile`, without a TPU.
 
     There libtpu prints five lines on stderr and takes two seconds to find out. Nothing is changed
-    where JAX_PLATFORMS says what to use, or where there may be another accelerator.
+    where somebody said what to use, or where there may be another accelerator or a TPU by another
+    name.
     """
-    if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None or has_tpu():
+    said = getattr(jax.config, "jax_platforms", None) or os.environ.get("JAX_PLATFORMS")
+    if said or importlib.util.find_spec("libtpu") is None:
         return
-    if not importlib.metadata.entry_points(group="jax_plugins"):
+    others = (
+        importlib.metadata.entry_points(group="jax_plugins")
+        or importlib.util.find_spec("jax_plugins")
+        or os.environ.get("PJRT_NAMES_AND_LIBRARY_PATHS")
+        or any(name.startswith(("TPU_", "CLOUD_TPU_")) for name in os.environ)
+    )
+    if not (others or has_tpu() or _has_google_device()):
         jax.config.update("jax_platforms", "cpu")
+
+
+def _has_google_device() -> bool:
+    """A TPU, or one of its maker's other devices on the PCI bus."""
+    vendors = (Path(name) for name in glob.glob("/sys/bus/pci/devices/*/vendor"))
+    try:
+        return any(vendor.read_text(encoding="ascii").strip() == _GOOGLE for vendor in vendors)
+    except OSError:
+        return True
 
 
 def decode_options(platform: str | None = None) -> dict[str, int | str] | None:

@@ -167,7 +167,7 @@ def prepare_run(config: TrainConfig) -> Run:
         config=config,
         model=model,
         fingerprint=fingerprint,
-        load=refused_together()(lambda: load_as_stored(model_path, mesh=mesh)),
+        load=lambda: load_as_stored(model_path, mesh=mesh, reading=refused_together),
         trainer=trainer,
         mesh=mesh,
         train=data.train,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,16 +49,39 @@ def load(
 
 
 def load_as_stored(
-    path: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh | None = None
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    reading: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> LanguageModel:
-    """`load`, but without `dtype` weights stay as they are stored on every backend."""
+    """`load`, but without `dtype` weights stay as they are stored on every backend.
+
+    Args:
+      reading: entered while this process reads files; what all processes compute together of the
+        weights, as their fingerprint, comes behind it.
+    """
     kind, place = locate(Path(path))
     wanted = None if dtype is None else FLOATS[dtype]
     if kind == "native":
         return _load_native(place, wanted, mesh)
-    if kind == "gguf":
-        return _load_gguf(place, wanted, mesh)
-    return _load_huggingface(place, wanted, mesh)
+    with reading():
+        if kind == "gguf":
+            opened = gguf.open_gguf(place)
+            params, source = gguf.read_parameters(opened, wanted, mesh), opened.source
+            tokenizer = gguf.read_tokenizer(opened)
+        else:
+            config, files = huggingface.read_config(place), open_safetensors(place)
+            params = huggingface.read_parameters(config, files, wanted, mesh)
+            source = f"Hugging Face checkpoint {place.resolve().name}"
+            tokenizer = _tokenizer(place)
+    return LanguageModel(
+        params=params,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        fingerprint=fingerprint(params),
+        source=source,
+    )
 
 
 def read_description(path: str | os.PathLike[str]) -> tuple[ModelConfig, Tokenizer | None]:
@@ -128,30 +154,6 @@ def _load_native(directory: Path, dtype: np.dtype | None, mesh: Mesh | None) -> 
         mesh=mesh,
         fingerprint=info.fingerprint,
         source=info.source,
-    )
-
-
-def _load_huggingface(directory: Path, dtype: np.dtype | None, mesh: Mesh | None) -> LanguageModel:
-    config = huggingface.read_config(directory)
-    params = huggingface.read_parameters(config, open_safetensors(directory), dtype, mesh)
-    return LanguageModel(
-        params=params,
-        tokenizer=_tokenizer(directory),
-        mesh=mesh,
-        fingerprint=fingerprint(params),
-        source=f"Hugging Face checkpoint {directory.resolve().name}",
-    )
-
-
-def _load_gguf(file: Path, dtype: np.dtype | None, mesh: Mesh | None) -> LanguageModel:
-    opened = gguf.open_gguf(file)
-    params = gguf.read_parameters(opened, dtype, mesh)
-    return LanguageModel(
-        params=params,
-        tokenizer=gguf.read_tokenizer(opened),
-        mesh=mesh,
-        fingerprint=fingerprint(params),
-        source=opened.source,
     )
 
 

@@ -66,7 +66,7 @@ class Processes:
         timeout = _number("MTD_CONNECT_TIMEOUT", 300)
         if self.coordinator is None or self.count is None or self.index is None:
             # JAX finds the others, and if they do not come, ends the process with a stack trace.
-            sys.stderr.write(f"up to {timeout} s for all processes (MTD_CONNECT_TIMEOUT)\n")
+            sys.stderr.write(f"other processes are waited for {timeout} s (MTD_CONNECT_TIMEOUT)\n")
         else:
             find_each_other(self.coordinator, self.count, self.index, timeout)
         try:

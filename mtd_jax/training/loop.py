@@ -17,7 +17,7 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import Prompt
 from mtd_jax.errors import InputError, RunError
 from mtd_jax.training import utilization
-from mtd_jax.training.agreement import check_same_everywhere
+from mtd_jax.training.agreement import check_same_everywhere, refused_together
 from mtd_jax.training.batches import batches, held_out_batches
 from mtd_jax.training.checkpoint import Checkpoints
 from mtd_jax.training.config import TrainConfig, to_dict
@@ -100,7 +100,8 @@ def fit(run: Run) -> Outcome:
       InputError: the directory holds a checkpoint of another run.
       RunError: a loss or gradient was not finite; the checkpoint before it is kept.
     """
-    run.directory.mkdir(parents=True, exist_ok=True)
+    with refused_together():
+        run.directory.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(run.mesh), StopRequest() as stop:
         checkpoints = Checkpoints(
             run.directory / _CHECKPOINTS, run.config.checkpoint, measured_on=run.measured_on()

@@ -95,7 +95,10 @@ def _dynamic_frequencies(
 
 
 def _power(base: Float[Array, "..."], exponent: np.ndarray) -> Float[Array, "..."]:
-    """base ** exponent, exact up to the rounding of its result."""
+    """base ** exponent; on CPUs and GPUs exact up to the rounding of its result.
+
+    TPUs make float64 of float32s, with a few digits less. No gradient is taken through it.
+    """
     with jax.enable_x64(True):
         power = base.astype(jnp.float64) ** jnp.asarray(exponent, jnp.float64)
         return power.astype(jnp.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from mtd_jax.convert.conversions import to_huggingface
 from mtd_jax.convert.native import read_info
 from mtd_jax.training.checkpoint import Checkpoints
 from mtd_jax.training.config import CheckpointConfig
@@ -276,19 +277,23 @@ def test_two_processes_stop_together(place: Path) -> None:
 @pytest.mark.parametrize("what", ["prompts", "weights"])
 def test_what_one_process_refuses_all_refuse(small: Path, what: str) -> None:
     """In one line each, and at once: nobody waits for a process that has gone."""
-    began = time.monotonic()
+    began, there = time.monotonic(), _few(small)
     if what == "prompts":
         missing = {"evaluate__prompts": str(small / "nowhere.jsonl")}
-    else:
-        shutil.copytree(small / "model", small / "nowhere")
-        shutil.rmtree(small / "nowhere" / "params")
+    else:  # found when values are read
+        there["model"] = str(small / "readable")
         missing = {"model": str(small / "nowhere")}
-    few = _few(small)
-    both = _two(
-        small, (small / f"{what}-0", small / f"{what}-1"), changes=(few, {**few, **missing})
-    )
+        for name in ("readable", "nowhere"):
+            to_huggingface(small / "model", small / name)
+        file = small / "nowhere" / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.norm.weight"][0] = np.nan
+        save_file(tensors, file, metadata={"format": "pt"})
+    outs = (small / f"{what}-0", small / f"{what}-1")
+    both = _two(small, outs, changes=(there, {**there, **missing}))
     said = [_ended(process, 2) for process in both]
-    assert all("nowhere" in text and "Traceback" not in text for text in said)
+    words = "nowhere.jsonl" if what == "prompts" else "NaN"
+    assert all(words in text and "Traceback" not in text for text in said)
     assert "process 1 of this run refused" in said[0]
     assert time.monotonic() - began < 90
 

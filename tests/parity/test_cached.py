@@ -1,4 +1,4 @@
-"""Decoding on one device against transformers with its cache: the logits of every step.
+"""Decoding on one device and on eight against transformers with its cache: every step's logits.
 
 Prompts of more than 500 tokens and of different lengths are read into one cache, and the tokens
 behind them follow one at a time, by parameters as `load` lays them out for decoding. transformers
@@ -8,6 +8,7 @@ text that there was when they were written.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 
 import mtd_jax as mtd
+from mtd_jax.sharding import make_mesh, parse_mesh
 from tests.support import hf
 from tests.support.cached import cached_logits
+from tests.support.meshes import MESHES
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
@@ -42,6 +45,8 @@ CHOSEN = (
     "qwen3-mha-untied-linear-window-by-layer",
 )
 OF_EACH_FAMILY = (CHOSEN[1], CHOSEN[5], CHOSEN[8], CHOSEN[11])
+# A mesh for each, in turn: of 12 and 7 every mesh comes.
+ON = dict(zip(CHOSEN, itertools.cycle(MESHES), strict=False))
 VARIANTS = {v.id: v for v in hf.product()}
 
 
@@ -63,6 +68,10 @@ def test_logits_of_every_step_are_those_of_transformers(tmp_path: Path, variant:
     assert expected.shape == (2, 1 + STEPS, hf.VOCAB)
     assert expected.std() > 0.5  # so that 1e-4 is small
     assert np.abs(ours - expected).max() <= LOGITS
+    model = mtd.load(tmp_path, mesh=make_mesh(parse_mesh(ON[variant])))
+    with model.on_mesh():  # a row for every device
+        spread = cached_logits(model.params, np.tile(TEXTS, (4, 1)), np.tile(LENGTHS, 4), STEPS)
+    assert np.abs(spread - np.tile(expected, (4, 1, 1))).max() <= LOGITS
 
 
 @pytest.mark.parametrize("variant", OF_EACH_FAMILY)

@@ -1,13 +1,15 @@
 """Every kind of model against transformers: same logits, same tokens, and back again.
 
 Every prompt has 523 tokens, so positions, windows and stretched rotary embeddings count, and the
-engine reads it in nine chunks of 64 rows. The product of family x heads x tied x rotary embedding x
+engine reads it in nine chunks of 64 rows. Logits are compared on one device and on eight, each kind
+of model on one of the meshes in turn. The product of family x heads x tied x rotary embedding x
 window is run whole in `make test`; the fast tests, and those in bfloat16, have a part of it that
 holds every pair of values.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,7 +24,9 @@ import mtd_jax as mtd
 from mtd_jax.convert.assemble import stored_form
 from mtd_jax.convert.huggingface import write_huggingface
 from mtd_jax.convert.load import load_as_stored
+from mtd_jax.sharding import make_mesh, parse_mesh
 from tests.support import hf
+from tests.support.meshes import MESHES
 
 pytestmark = pytest.mark.torch
 
@@ -64,6 +68,30 @@ def _decoded() -> list[hf.Variant]:
     return [*families.values(), *(v for v in hf.EXTRAS if "bias" in v.id or "dynamic" in v.id)]
 
 
+@cache
+def _meshes() -> dict[str, str]:
+    """One for each variant; those with biases where biases are split, which two key heads are by 2.
+
+    Their number shares no factor with the sizes of the product, so all values meet all meshes.
+    """
+    halves = itertools.cycle([mesh for mesh in MESHES if mesh.endswith("tensor=2")])
+    meshes = itertools.cycle(MESHES)
+    return {
+        v.id: next(halves if v in hf.EXTRAS and "bias" in v.id else meshes)
+        for v in (*hf.product(), *hf.EXTRAS)
+    }
+
+
+def _logits_on_mesh(
+    source: Path, variant: hf.Variant, tokens: np.ndarray, dtype: str = "float32"
+) -> np.ndarray:
+    """Of a row for every device, all of them the same: [8, 523, V]."""
+    mesh = make_mesh(parse_mesh(_meshes()[variant.id]))
+    model = mtd.load(source, dtype=dtype, mesh=mesh)
+    assert model.params.embedding.dtype == dtype
+    return np.asarray(mtd.logits(model, np.repeat(tokens, 8, axis=0)))
+
+
 def _tensors(directory: Path) -> dict[str, np.ndarray]:
     return load_file(directory / "model.safetensors")
 
@@ -87,6 +115,7 @@ def test_logits_are_those_of_transformers_in_both_directions(
     difference = float(np.abs(np.asarray(mtd.logits(model, tokens)) - expected).max())
     record_property("largest difference of logits", difference)  # in the file of --junit-xml
     assert difference <= LOGITS
+    assert np.abs(_logits_on_mesh(source, variant, tokens) - expected).max() <= LOGITS
 
     written.mkdir()
     write_huggingface(stored_form(model.params), written)
@@ -132,6 +161,8 @@ def test_bfloat16_diverges_little(
     kl = hf.mean_kl(expected, np.asarray(mtd.logits(model, tokens)))
     record_property("mean KL", kl)
     assert kl <= KL
+    spread = _logits_on_mesh(tmp_path, variant, tokens, "bfloat16")
+    assert hf.mean_kl(np.repeat(expected, 8, axis=0), spread) <= KL
 
 
 def test_the_variants_differ_by_far_more_than_the_tolerance(tmp_path: Path) -> None:

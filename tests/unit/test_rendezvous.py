@@ -92,18 +92,47 @@ def test_another_program_answers(address: str, answer: bytes) -> None:
     assert said[1].startswith(f"{OF}cannot listen at port {address.split(':')[1]} (")
 
 
-def test_strangers_and_processes_started_again_do_not_disturb(address: str) -> None:
+def test_those_that_come_at_once_all_hear_what_is_wrong(address: str) -> None:
+    processes = [(0, 5), (1, 5), (2, 4), (3, 5), (4, 5)]
+    with ThreadPoolExecutor(5) as pool:
+        ends = [pool.submit(find_each_other, address, n, i, 20) for i, n in processes]
+    said = {str(end.exception()) for end in ends}
+    assert said == {f"{OF}process 2 was started as one of 4, process 0 as one of 5"}
+
+
+def test_who_waits_longer_than_its_own_time_is_told_by_the_first(address: str) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        impatient = pool.submit(find_each_other, address, 3, 1, 1)
+        first = pool.submit(find_each_other, address, 3, 0, 3)
+    assert str(impatient.exception()) == str(first.exception())
+    assert "process 2 of 3 did not come in 3 seconds" in str(first.exception())
+
+
+def _said(place: tuple[str, int], words: bytes) -> bytes:
+    with socket.create_connection(place) as connection:
+        connection.sendall(words)
+        connection.shutdown(socket.SHUT_WR)
+        return connection.recv(64)
+
+
+def test_strangers_and_processes_that_are_killed_do_not_count(address: str) -> None:
     host, port = address.split(":")
+    place = (host, int(port))
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(find_each_other, address, 3, 0, 20)
         time.sleep(0.3)
-        for words in (b"", b"GET / HTTP/1.1\r\n\r\n"):
-            with socket.create_connection((host, int(port))) as stranger:
-                stranger.sendall(words)
-                stranger.shutdown(socket.SHUT_WR)
-                assert stranger.recv(1) == b""
-        with socket.create_connection((host, int(port))) as killed:
+        assert _said(place, b"") == _said(place, b"GET / HTTP/1.1\r\n") == b""
+        with socket.create_connection(place) as killed:
             killed.sendall(b"mtd-jax 1 3\n")
-        time.sleep(0.3)
-        others = [pool.submit(find_each_other, address, 3, index, 20) for index in (1, 2)]
-        assert [end.exception() for end in (first, *others)] == [None] * 3
+            assert killed.recv(5) == b"wait\n"
+        second = pool.submit(find_each_other, address, 3, 2, 20)
+        time.sleep(1.5)
+        assert not first.done()  # the other one has not come, it has gone
+        assert not second.done()
+        again = pool.submit(find_each_other, address, 3, 1, 20)
+        assert [end.exception() for end in (first, second, again)] == [None] * 3
+
+
+def test_an_address_that_is_no_name() -> None:
+    with pytest.raises(InputError, match=r"nobody answers at a\.\.b:1"):
+        find_each_other("a..b:1", 2, 1, 0)
