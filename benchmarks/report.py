@@ -15,8 +15,7 @@ from functools import partial
 from benchmarks.tables import heads, pods, speed, training
 from benchmarks.tables.results import ROOT
 
-_DOCS = "cp_heads dmtd hidden_transfer medusa performance pods reproduction training".split()
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _DOCS))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 TABLES: dict[str, Callable[[], str]] = {
