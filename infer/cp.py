@@ -3,6 +3,7 @@
     python infer/cp.py --model models/smollm2-135m-instruct --heads runs/cp/heads --prompt "Hello"
 
 One pass verifies the drafts of the step before and leaves the row that the next ones come from.
+Where heads were trained with their model, what is decoded is the mixture's own first token.
 `mtd_jax/methods/cp_drafting.py` does it on the device, samples, batches, drafts trees and adapts.
 """
 
@@ -49,13 +50,24 @@ def draft(
     return jnp.stack(tokens)
 
 
+@jax.jit
+def first_token(own: CPWeights | None, params: Parameters, x: jax.Array) -> jax.Array:
+    """The likeliest next token behind each row: the model's own, or that of the mixture `own`."""
+    if own is None:
+        logits = unembed(params, x)
+    else:
+        e = normed(params, x)
+        logits = cp_mixture.mixed(own.log_w(e), own.first(1).log_p(params, e)[..., 0, :])
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 @functools.partial(jax.jit, donate_argnames="cache")
 def verify(
-    params: Parameters, cache: KVCache, tokens: jax.Array
+    own: CPWeights | None, params: Parameters, cache: KVCache, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
-    """What the model itself says, how many drafts that keeps, the row behind them."""
+    """What is really said, how many drafts that keeps, the row behind them."""
     x, cache = extend(params, cache, tokens[None])
-    said = jnp.argmax(unembed(params, x), axis=-1).astype(jnp.int32)
+    said = first_token(own, params, x)
     verdict = walk(TokenTree.chain(tokens.shape[0] - 1), tokens[None], said)
     kept = verdict.accepted[0]
     return verdict.tokens[0], kept, x[0, kept], cache.commit(verdict.accepted + 1)
@@ -69,10 +81,8 @@ def main() -> None:
 
     model = mtd.load(args.model)
     heads = mtd.load_heads(args.heads, model)
-    if mtd.methods.cp(heads, tree="chain").marginal:  # refuses heads of another method
-        raise mtd.InputError(
-            "this page decodes the model's own tokens, not the mixture's first ones"
-        )
+    together = mtd.methods.cp(heads, tree="chain").marginal  # refuses heads of another method
+    own = heads.weights if together else None
     request = encoded(model, args)
     text, passes = list(request.token_ids), 1
     start, end, stops = len(text), len(text) + request.budget, set(model.eos_token_ids)
@@ -80,10 +90,10 @@ def main() -> None:
     cache = KVCache.empty(model.config, 1, end + drafts, model.params.embedding.dtype)
     x, cache = extend(model.params, cache, jnp.array([text], jnp.int32))
     cache, row = cache.commit(jnp.array([start])), x[0, -1]
-    text.append(int(unembed(model.params, row).argmax()))
+    text.append(int(first_token(own, model.params, row)))
     while len(text) < end and not stops & set(text[start:]):
         tokens = draft(heads.weights, heads.vocabulary, model.params, row, jnp.int32(text[-1]))
-        said, kept, row, cache = verify(model.params, cache, tokens)
+        said, kept, row, cache = verify(own, model.params, cache, tokens)
         text += said[: int(kept) + 1].tolist()
         passes += 1
     show(model, text, request, passes)

@@ -221,6 +221,29 @@ def test_a_fused_step_is_a_draft_and_a_verification(decoding: dict[str, Any]) ->
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), drafts, expected)
 
 
+@pytest.mark.parametrize("marginal", [False, True], ids=["base", "own-first-token"])
+def test_a_fused_step_keeps_what_a_pass_of_its_own_would(marginal: bool) -> None:
+    """Drafts made apart, a slow pass over text and drafts apart: the step emits what they give."""
+    model = tiny.language_model()
+    made: Any = methods.make_method("cp", {"tree": "chain"}, _fitted())
+    method = made.replace(marginal=marginal)
+    state, tree, counts = _started(method), made.trees[-1], []
+    texts = [[*prompt, int(token)] for prompt, token in zip(PROMPTS, state.pending, strict=True)]
+    for _ in range(6):
+        drafts = np.asarray(method.drafts(model.params, state.extra.row, state, tree)[0]).tolist()
+        state = method.step(model.params, state)
+        for row, text in enumerate(texts):
+            w, p, plain = oracle.tables(_fitted().weights, model.params, [*text, *drafts[row]])
+            target = np.einsum("tr,trv->tv", w, p[:, :, 0]) if marginal else plain
+            said = target.argmax(-1)[len(text) - 1 :].tolist()
+            kept = [d == s for d, s in zip(drafts[row], said, strict=False)]
+            count = 1 + [*kept, False].index(False)
+            assert state.emitted[row, : state.emitted_count[row]].tolist() == said[:count]
+            counts.append(count)
+            text += said[:count]
+    assert min(counts) == 1 < max(counts)
+
+
 def test_drafts_of_drawing_rows_share_the_noise_of_the_draw() -> None:
     """A mixture that says what the base says drafts what the base will draw, at any temperature."""
     model = tiny.language_model()

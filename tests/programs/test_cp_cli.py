@@ -146,3 +146,11 @@ def test_the_programs_on_one_page(place: Path) -> None:
     )
     words = ("--model", place / "model", "--heads", learned, "--token-ids", "5,6,7")
     assert "tokens a pass" in printed_by("infer.cp", *words, "--max-new-tokens", "12")
+    # Trained together, the two decode the mixture's own first token.
+    words = ("--model", whole / "model", "--heads", whole / "heads", "--token-ids", "5,6,7")
+    said = printed_by("infer.cp", *words, "--max-new-tokens", "12")
+    model = mtd.load(whole / "model")
+    plain = mtd.methods.cp(mtd.load_heads(whole / "heads", model), tree="none")
+    (answer,) = mtd.generate(model, plain, [[5, 6, 7]], max_new_tokens=12)
+    assert model.tokenizer is not None
+    assert said.startswith(model.tokenizer.decode(list(answer.token_ids)))
