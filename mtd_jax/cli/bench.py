@@ -239,7 +239,7 @@ def _show(result: BenchResult, costs: Sequence[dict[str, Any]]) -> None:
             str(row.batch_size),
             f"{row.tokens_per_second:.1f}",
             f"{row.decode_tokens_per_second:.1f}",
-            f"{row.spread:.0%}",
+            "-" if row.spread is None else f"{row.spread:.0%}",
             speedup_text(row.speedup_vs_ar, row.speedup_range),
             "-" if length is None else f"{length:.2f}",
             f"{row.roofline_share:.0%}",

@@ -318,7 +318,7 @@ class _Traffic:
             metrics,
             forwards=forwards,
             drafted=drafted,
-            histogram=tuple(int(n) for n in tally.histogram) if drafted else (),
+            histogram=tuple(int(n) if drafted else 0 for n in tally.histogram),
             bytes_read=max(forwards - 1, 0) * (self._step + cached) + int(tally.partial) * part,
         )
 

@@ -22,13 +22,14 @@ class Metrics:
     prompt_seconds: float = 0.0
     """The part of it up to the first token."""
     compile_seconds: float = 0.0
-    """Compilation beside it: 0 after warm-up."""
+    """Compilation beside it: 0 after warm-up, but see `backend.release_programs`."""
     forwards: int = 0
     """Passes through the whole model that emitted tokens, the prompt's among them."""
     drafted: int = 0
     """Drafts that were verified."""
     histogram: tuple[int, ...] = ()
-    """Steps with drafts, by how many of them were accepted: 0, 1, ..., the bonus token excluded."""
+    """Steps with drafts, by how many of them were accepted: 0, 1, ..., K, the most that a step can
+    have; the bonus token is not counted."""
     bytes_read: float = 0.0
     """Weights, keys and values that the steps behind the first token had to read."""
 

@@ -45,7 +45,7 @@ class Row:
     """New tokens over all engine time, prompts included; median over the repeats."""
     decode_tokens_per_second: float
     """The same without the prompts and first tokens."""
-    spread: float
+    spread: float | None
     """(slowest to fastest repeat) / median of tokens_per_second."""
     speedup_vs_ar: float | None
     """Median over repeats of the ratio of decode seconds to ar's in the same repeat, token for
@@ -264,7 +264,7 @@ def _row(
         batch_size=batch_size,
         tokens_per_second=speed,
         decode_tokens_per_second=statistics.median(m.decode_tokens_per_second for m in totals),
-        spread=(max(speeds) - min(speeds)) / speed,
+        spread=(max(speeds) - min(speeds)) / speed if len(speeds) > 1 else None,
         speedup_vs_ar=speedup,
         speedup_range=_range(ratios),
         total_speedup_vs_ar=_median(_ratios(runs, label, batch_size, _ALL)),
@@ -328,7 +328,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float] | None:
-    return (min(values), max(values)) if values else None
+    return (min(values), max(values)) if len(values) > 1 else None
 
 
 def _rounded(value: Any) -> Any:

@@ -68,9 +68,10 @@ class SkipSearch:
             raise InputError("tuning runs on one device: leave out --mesh")
         self._model = model
         self.known = {} if known is None else known
-        known_prompts = [as_prompt(p, i) for i, p in enumerate(prompts)]
         texts = []
-        for prompt in known_prompts:
+        for i, given in enumerate(prompts):
+            # How long an answer a line asks for does not matter: all of them are as long here.
+            prompt = dataclasses.replace(as_prompt(given, i), max_new_tokens=None)
             encoded = encode(
                 prompt, model.config, model.tokenizer, max_new_tokens=new_tokens, chat=None
             )

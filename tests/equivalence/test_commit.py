@@ -39,9 +39,15 @@ def _of_rows(values: st.SearchStrategy[int]) -> st.SearchStrategy[list[int]]:
 
 @functools.partial(jax.jit, static_argnames="tree")
 def _step(
-    params: Parameters, cache: KVCache, tokens: jax.Array, tree: TokenTree, active: jax.Array
+    params: Parameters,
+    cache: KVCache,
+    tokens: jax.Array,
+    tree: TokenTree | None,
+    active: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
-    x, cache = extend(params, cache, tokens, ancestors=in_rows(tree).ancestors, active=active)
+    """None: a chain as the engine runs it, whose rows see all those before them."""
+    ancestors = None if tree is None else in_rows(tree).ancestors
+    x, cache = extend(params, cache, tokens, ancestors=ancestors, active=active)
     return unembed(params, x), cache
 
 
@@ -70,14 +76,16 @@ def _slots(cache: KVCache, row: int) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(cache.k[:, row]).swapaxes(-1, -2), np.asarray(cache.v[:, row])
 
 
+@pytest.mark.parametrize("chained", [False, True], ids=["tree", "chain"])
 @pytest.mark.parametrize("kind", PARAMS)
 @settings(max_examples=12)
 @given(shape=parents(), lengths=_of_rows(st.integers(1, 20)), data=st.data())
 def test_commits_are_a_fresh_prefill(
-    kind: str, shape: tuple[int, ...], lengths: list[int], data: st.DataObject
+    kind: str, chained: bool, shape: tuple[int, ...], lengths: list[int], data: st.DataObject
 ) -> None:
     """Any path of any row, twice, with rows between them that are finished."""
-    params, tree = PARAMS[kind], TokenTree(shape)
+    params, tree = PARAMS[kind], TokenTree.chain(NODES - 1) if chained else TokenTree(shape)
+    given_tree = None if chained else tree
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     texts = [rng.integers(0, 97, n).tolist() for n in lengths]
     _, cache = _read(params, texts)
@@ -86,11 +94,12 @@ def test_commits_are_a_fresh_prefill(
         last = np.array(data.draw(_of_rows(st.integers(0, NODES - 1))))
         active = np.array(data.draw(_of_rows(st.integers(0, 1)))) > 0
         before, committed = cache, [len(text) for text in texts]
-        logits, cache = _step(params, cache, jnp.asarray(drafts), tree, jnp.asarray(active))
+        logits, cache = _step(params, cache, jnp.asarray(drafts), given_tree, jnp.asarray(active))
         counts = np.where(active, tree.depth[last] + 1, 0)
         # One shape for trees of any depth: the last node once more.
         paths = np.pad(tree.paths[last], [(0, 0), (0, NODES - 1 - tree.max_depth)], mode="edge")
-        cache = _commit(cache, jnp.asarray(counts, jnp.int32), jnp.asarray(paths))
+        given_path = None if chained else jnp.asarray(paths)
+        cache = _commit(cache, jnp.asarray(counts, jnp.int32), given_path)
         for row in np.flatnonzero(active).tolist():
             way = np.flatnonzero(tree.ancestors[last[row]])
             texts[row] = texts[row] + drafts[row, way].tolist()

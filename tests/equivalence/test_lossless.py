@@ -377,7 +377,7 @@ def test_metrics_add_up() -> None:
     plain = _plain()[0].metrics
     assert plain.forwards == plain.tokens
     assert plain.mean_acceptance_length is None
-    assert plain.histogram == ()
+    assert plain.histogram == (0,)
 
 
 def test_typical_acceptance_is_greedy_at_temperature_zero_and_marked_lossy() -> None:

@@ -202,7 +202,14 @@ def test_tune_finds_the_same_set_every_time_and_goes_on(
     argv = ["tune", "self-speculative", "--model", str(model), "--prompts", prompts]
     argv += ["--max-new-tokens", "12"]
     whole = _json(capsys, *argv, "--evaluations", "10", "--out", str(tmp_path / "whole"))
-    _json(capsys, *argv, "--evaluations", "4", "--out", str(tmp_path / "parts"))
+    parts = _json(capsys, *argv, "--evaluations", "4", "--out", str(tmp_path / "parts"))
+    # How long an answer its lines ask for does not matter.
+    asked = tmp_path / "asked.jsonl"
+    lines = [json.loads(line) for line in Path(prompts).read_text("utf-8").splitlines()]
+    asked.write_text("\n".join(json.dumps(x | {"max_new_tokens": 2}) for x in lines), "utf-8")
+    short = [str(asked) if word == prompts else word for word in argv]
+    found = _json(capsys, *short, "--evaluations", "4", "--out", str(tmp_path / "asked"))
+    assert found["options"] == parts["options"]
     again = _json(capsys, *argv, "--evaluations", "10", "--out", str(tmp_path / "parts"))
     assert again["options"] == whole["options"]
     file = read_method(tmp_path / "whole")
