@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "self_speculative": {"skip_attention": "1", "drafts": 4},
     "self_speculative:auto": {"skip_mlp": "0", "skip_attention": "2"},
     "independent_heads": {},
+    "independent_heads:chain": {"tree": "chain"},
     "independent_heads:tree": {"tree": "2x2x1"},
     "medusa": {},
     "medusa:chain": {"tree": "chain"},
@@ -55,7 +56,7 @@ UNTRAINED = ("medusa:random", "hidden_transfer:random")
 # They run what others run, with other sizes or weights: at one batch size.
 AS_OTHERS = (
     *("cp", "hidden_transfer:auto", "independent_heads", "medusa", "ngram"),
-    *("self_speculative:auto", *UNTRAINED),
+    *("independent_heads:chain", "self_speculative:auto", *UNTRAINED),
 )
 # Windows in some layers, and a context that the answers fill.
 CONFIG = tiny.config(sliding_windows=(None, 9, 5), max_position=100, eos_token_ids=())
@@ -181,8 +182,7 @@ def _greedy_tokens_are_the_same(label: str, method: Any, batch_size: int) -> Non
 
 def _an_end_token_inside_a_draft_ends_the_row(label: str, method: Any, batch_size: int) -> None:
     """It is accepted with drafts behind it, in some row, and those are not emitted."""
-    values = {f.name: getattr(_model(), f.name) for f in dataclasses.fields(LanguageModel)}
-    model = _Ending(**values)
+    model = _Ending(**{f.name: getattr(_model(), f.name) for f in dataclasses.fields(_model())})
     # Methods that copy can draft an end token only if it stands in the prompt.
     known = 14 if label.split(":")[0] in ("ngram", "prompt_lookup") else 0
     pairs = zip(PROMPTS, _plain(label), strict=True)
