@@ -23,6 +23,9 @@ _CPU_DECODE: dict[str, int | str] = {
 _GOOGLE = "0x1ae0"
 """Vendor on the PCI bus."""
 
+_BY_JAX = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}
+"""In the environment from the import of JAX on, where libtpu is installed: they say nothing."""
+
 _MAPS_SHARE = 0.7
 
 
@@ -45,7 +48,7 @@ def leave_libtpu_alone() -> None:
         importlib.metadata.entry_points(group="jax_plugins")
         or importlib.util.find_spec("jax_plugins")
         or os.environ.get("PJRT_NAMES_AND_LIBRARY_PATHS")
-        or any(name.startswith(("TPU_", "CLOUD_TPU_")) for name in os.environ)
+        or any(name.startswith(("TPU_", "CLOUD_TPU_")) for name in os.environ.keys() - _BY_JAX)
     )
     if not (others or has_tpu() or _has_google_device()):
         jax.config.update("jax_platforms", "cpu")

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from mtd_jax.backend import leave_libtpu_alone
 from mtd_jax.cli.arguments import Parser
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import EncodedPrompt, Prompt, encode
@@ -57,6 +58,7 @@ def show(model: LanguageModel, text: list[int], request: EncodedPrompt, passes: 
 
 def run(main: Callable[[], None], name: str) -> None:
     """Ends the process with one line and 2 where the input is wrong."""
+    leave_libtpu_alone()
     try:
         main()
     except (InputError, OSError) as error:

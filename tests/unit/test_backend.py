@@ -6,6 +6,8 @@ import glob
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,7 @@ CARD = "/sys/bus/pci/devices/0000:00:04.0/vendor"
         ({"config": "tpu,cpu"}, False),
         ({"environment": {"JAX_PLATFORMS": "tpu"}}, False),
         ({"environment": {"TPU_NAME": "pod"}}, False),
+        ({"environment": {"TPU_SKIP_MDS_QUERY": "1", "TPU_LIBRARY_PATH": "x"}}, True),
         ({"environment": {"PJRT_NAMES_AND_LIBRARY_PATHS": "x:/y"}}, False),
     ],
     ids=lambda value: str(value),
@@ -67,3 +70,19 @@ def test_when_libtpu_is_left_alone(
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: machine["plugins"])
     backend.leave_libtpu_alone()
     assert updates == ([("jax_platforms", "cpu")] if set_to_cpu else [])
+
+
+def test_libtpu_says_nothing_in_a_process_of_its_own() -> None:
+    """As `mtd` starts: JAX is imported first, and sets variables for TPUs that are not there."""
+    program = "import jax; from mtd_jax import backend; backend.leave_libtpu_alone(); jax.devices()"
+    names = ("TPU", "JAX_PLAT", "PJRT")
+    environment = {k: v for k, v in os.environ.items() if not any(n in k for n in names)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "libtpu" not in done.stderr
