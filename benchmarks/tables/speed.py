@@ -127,9 +127,9 @@ def _speedup(row: dict[str, Any]) -> str:
     return speedup_text(row["speedup_vs_ar"], row.get("speedup_range"))
 
 
-def verify_cost() -> str:
+def verify_cost(name: str) -> str:
     """A verifying step by its rows."""
-    rows = result_of("cpu-verify-cost")["rows"]
+    rows = result_of(name)["rows"]
     return table(
         ["rows", *(str(row["rows"]) for row in rows)],
         [

@@ -20,8 +20,8 @@ from mtd_jax.convert.atomic import write_file
 from mtd_jax.convert.method_files import MethodFile, read_method
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.method import Method
-from mtd_jax.decoding.requests import read_prompts
-from mtd_jax.errors import InputError
+from mtd_jax.decoding.requests import Prompt, read_prompts
+from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.evaluation import environment, plot, step_cost
 from mtd_jax.evaluation.bench import (
     BASELINE,
@@ -74,7 +74,14 @@ def add_parser(commands: arguments.Subparsers) -> None:
         "(two for one method: tell them apart like cp:rank=2)",
     )
     parser.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="what to decode")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    parser.add_argument(
+        "--category",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only prompts whose lines say so (may be given several times)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N of these prompts")
     parser.add_argument("--batch-sizes", default="1", metavar="B,B,...", help="default: 1")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default: 3")
     parser.add_argument(
@@ -106,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
     choices = _choices(args.methods, args.heads)
     sizes = _different([_positive(text) for text in args.batch_sizes.split(",")], "--batch-sizes")
-    prompts = read_prompts(args.prompts)[: args.limit]
+    prompts = _of_categories(read_prompts(args.prompts), args.category)[: args.limit]
     model = open_model(args)
     fitter = _Fitter(model, typical_length(model, prompts), fresh=args.auto)
     console = Console(stderr=True)
@@ -224,6 +231,14 @@ def _positive(text: str) -> int:
     if not text.strip().isdecimal() or len(text) > 6 or int(text) < 1:
         raise InputError(f"--batch-sizes takes whole numbers of at least 1, got '{text[:20]}'")
     return int(text)
+
+
+def _of_categories(prompts: list[Prompt], wanted: Sequence[str]) -> list[Prompt]:
+    known = {prompt.category for prompt in prompts if prompt.category is not None}
+    for name in wanted:
+        if name not in known:
+            raise unknown_name("category of prompts", name, known)
+    return [prompt for prompt in prompts if not wanted or prompt.category in wanted]
 
 
 def _show(result: BenchResult, costs: Sequence[dict[str, Any]]) -> None:

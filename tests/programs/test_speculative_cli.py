@@ -115,9 +115,13 @@ def test_bench_compares_methods_and_draws(
 def test_bench_shows_its_noise(
     model: Path, prompts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same program under two labels."""
-    argv = ("bench", "--model", str(model), "--prompts", prompts, "--repeats", "2", *NEW_TOKENS)
-    plain, again = _json(capsys, *argv, "--methods", "ar,ar:again")["rows"]
+    """The same program under two labels, on some of the prompts."""
+    argv = ["bench", "--model", str(model), "--prompts", prompts, "--repeats", "2", *NEW_TOKENS]
+    argv += ["--methods", "ar,ar:again", "--category"]
+    plain, again = _json(capsys, *argv, "copy")["rows"]
+    assert {request["id"] for request in plain["requests"]} == {"a", "b"}
+    assert main([*argv, "cope"]) == 2
+    assert "'cope' (did you mean 'copy'?)" in capsys.readouterr().err
     assert (plain["method"], again["method"]) == ("ar", "ar:again")
     assert plain["speedup_vs_ar"] == 1.0
     assert again["speedup_vs_ar"] not in (None, 1.0)
