@@ -117,10 +117,10 @@ def test_bench_shows_its_noise(
 ) -> None:
     """The same program under two labels, on some of the prompts."""
     argv = ["bench", "--model", str(model), "--prompts", prompts, "--repeats", "2", *NEW_TOKENS]
-    argv += ["--methods", "ar,ar:again", "--category"]
-    plain, again = _json(capsys, *argv, "copy")["rows"]
+    some = [*argv, "--methods", "ar,ar:again", "--category"]
+    plain, again = _json(capsys, *some, "copy")["rows"]
     assert {request["id"] for request in plain["requests"]} == {"a", "b"}
-    assert main([*argv, "cope"]) == 2
+    assert main([*some, "cope"]) == 2
     assert "'cope' (did you mean 'copy'?)" in capsys.readouterr().err
     assert (plain["method"], again["method"]) == ("ar", "ar:again")
     assert plain["speedup_vs_ar"] == 1.0
