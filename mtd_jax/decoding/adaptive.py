@@ -23,7 +23,7 @@ _PRIOR_YIELD = 3.0
 class AcceptanceRates(struct.PyTreeNode):
     """How often drafts of each kind were right, lately.
 
-    Kinds are the method's: the n-gram order that a draft came from, say. What is forgotten makes
+    Kinds are the method's: how long a match a draft was copied behind, say. What is forgotten makes
     room for the prior, so a kind that failed gets another chance after a while.
     """
 
@@ -44,23 +44,28 @@ class AcceptanceRates(struct.PyTreeNode):
         zeros = jnp.zeros((batch, len(prior)), jnp.float32)
         return cls(zeros, zeros, zeros + jnp.asarray(prior, jnp.float32)[None], belief)
 
-    def of(self, kind: Int[Array, " B"]) -> Float[Array, " B"]:
-        """The chance that the next draft of a chain is accepted, for each row's kind of chain."""
+    def of(self, kinds: Int[Array, "B drafts"]) -> Float[Array, "B drafts"]:
+        """The chance of each draft of a chain to be accepted, if those before it are."""
         rates = (self.accepted + self.prior * self.belief) / (self.tried + self.belief)
-        return jnp.take_along_axis(rates, kind[:, None], axis=1)[:, 0]
+        return jnp.take_along_axis(rates, kinds, axis=1)
 
     def after(
-        self, kind: Int[Array, " B"], drafted: Int[Array, " B"], accepted: Int[Array, " B"]
+        self,
+        kinds: Int[Array, "B drafts"],
+        drafted: Int[Array, " B"],
+        accepted: Int[Array, " B"],
     ) -> AcceptanceRates:
-        """The rates after a step that drafted and accepted so many tokens; 0 drafts are no news."""
-        rows = jnp.arange(kind.shape[0], dtype=jnp.int32)
-        tried = accepted + (accepted < drafted).astype(jnp.int32)
+        """The rates after a step that drafted and accepted so many tokens of those kinds."""
+        rows = jnp.arange(kinds.shape[0], dtype=jnp.int32)[:, None]
+        place = jnp.arange(kinds.shape[1], dtype=jnp.int32)[None, :]
+        right = place < accepted[:, None]
+        # The first that was wrong is news as well; those behind it were not looked at.
+        tried = (place <= accepted[:, None]) & (place < drafted[:, None])
 
-        def add(before: jax.Array, count: jax.Array) -> jax.Array:
-            news = jnp.where(drafted > 0, count, 0).astype(jnp.float32)
-            return (before * _FORGET).at[rows, kind].add(news)
+        def add(before: jax.Array, news: jax.Array) -> jax.Array:
+            return (before * _FORGET).at[rows, kinds].add(news.astype(jnp.float32))
 
-        added = add(self.accepted, accepted), add(self.tried, tried)
+        added = add(self.accepted, right & tried), add(self.tried, tried)
         return AcceptanceRates(*added, self.prior, self.belief)
 
 
@@ -78,7 +83,7 @@ def urgency(active: Bool[Array, " B"], wanted: Int[Array, " B"]) -> Float[Array,
 def best_size(
     sizes: tuple[int, ...],
     costs: Float[Array, " sizes"],
-    rate: Float[Array, " B"],
+    chances: Float[Array, "B drafts"],
     available: Int[Array, " B"],
     weight: Float[Array, " B"],
 ) -> Int[Array, ""]:
@@ -87,15 +92,15 @@ def best_size(
     Args:
       sizes: rows of a forward pass: one more than drafts.
       costs: seconds of a pass of that many rows, in any unit.
-      rate: chance that a draft is accepted whose predecessors were.
-      available: drafts that each row has.
+      chances: of each draft of a chain to be accepted, if those before it are.
+      available: drafts that each row has, or may emit.
       weight: what a token of each row counts (`urgency`).
     """
-    drafts = jnp.asarray([size - 1 for size in sizes], jnp.int32)[:, None]
-    usable = jnp.minimum(drafts, available[None, :]).astype(jnp.float32)
-    rate = jnp.clip(rate, 0.0, 0.999)[None, :]
-    # 1 + r + r^2 + ... + r^n
-    tokens = (1.0 - rate ** (usable + 1.0)) / (1.0 - rate)
+    drafts = jnp.asarray([size - 1 for size in sizes], jnp.int32)
+    place = jnp.arange(chances.shape[1], dtype=jnp.int32)[None, :]
+    accepted = jnp.cumprod(jnp.where(place < available[:, None], chances, 0.0), axis=1)
+    used = place[None] < drafts[:, None, None]
+    tokens = 1.0 + jnp.sum(jnp.where(used, accepted[None], 0.0), axis=-1)
     return _best(tokens, costs, weight)
 
 

@@ -39,5 +39,31 @@ def extended_matches(
     return jnp.where(here, jnp.minimum(before + 1, longest), 0)
 
 
+KINDS = 4
+"""Ways in which places may agree on what comes next (`agreement`)."""
+
+
+def followers(text: Int[Array, "B C"]) -> Int[Array, "B C"]:
+    """The token behind each position."""
+    return jnp.pad(text[:, 1:], ((0, 0), (0, 1)))
+
+
+def agreement(
+    matched: Int[Array, "B C"], text: Int[Array, "B C"], token: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """How sure a draft is: its match's length times `KINDS`, plus what the longest matches say.
+
+    0: half of them or fewer are followed by `token`; 1: there is only one; 2: more than half; 3:
+    all of several. A draft that no match speaks for is of kind 0.
+    """
+    best = jnp.max(matched, axis=1)
+    longest = (matched == best[:, None]) & (matched > 0)
+    places = jnp.sum(longest, axis=1, dtype=jnp.int32)
+    agreeing = jnp.sum(longest & (followers(text) == token[:, None]), axis=1, dtype=jnp.int32)
+    several = jnp.where(agreeing == places, 3, jnp.where(2 * agreeing > places, 2, 0))
+    how = jnp.where(places == 1, agreeing, several)
+    return jnp.where(agreeing > 0, best * KINDS + how, 0).astype(jnp.int32)
+
+
 def _has_follower(capacity: int, length: jax.Array) -> jax.Array:
     return jnp.arange(capacity, dtype=jnp.int32)[None, :] < length[:, None] - 1

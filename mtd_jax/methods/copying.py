@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,9 +18,17 @@ from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters
 from mtd_jax.typing import Array, Float, Int
 
-_BY_LENGTH = (0.0, 0.2, 0.5, 0.55, 0.6, 0.7, 0.75)
-"""How often the token behind a match of so many tokens is right: counted in 193 greedy answers of
-SmolLM2-135M-Instruct to the recipes' prompts (0.23, 0.56, 0.59, 0.64, 0.71, 0.79), rounded down."""
+_CHANCES = (
+    (0.0, 0.0, 0.0, 0.0),
+    (0.2, 0.3, 0.4, 0.7),
+    (0.2, 0.6, 0.4, 0.75),
+    (0.35, 0.65, 0.45, 0.8),
+    (0.35, 0.7, 0.45, 0.8),
+    (0.35, 0.75, 0.45, 0.85),
+    (0.4, 0.8, 0.7, 0.95),
+)
+"""How often a draft is right, by the length of its match and what the matches say (`agreement`):
+rounded from greedy answers of SmolLM2-135M-Instruct (`benchmarks/replay.py`)."""
 _BELIEF = 4.0
 """Tries that they count as: a text says soon whether it repeats itself."""
 
@@ -58,8 +67,11 @@ class Copying(BaseMethod):
         return self.tree.size
 
     @abc.abstractmethod
-    def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, " B"]]:
-        """Drafts for nodes 1, 2, ... (-1: none), and the length of their match: 0..longest."""
+    def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, "B depth"]]:
+        """Drafts for nodes 1, 2, ... (-1: none), and what kinds the first of each depth are of.
+
+        A kind is a length of match and how far the matches agree (`matching.agreement`).
+        """
 
     def kept(
         self,
@@ -68,19 +80,29 @@ class Copying(BaseMethod):
         cache: KVCache,
         requests: Requests,
     ) -> AcceptanceRates:
-        """How often drafts of each length of match were right."""
-        known = (*_BY_LENGTH, *[_BY_LENGTH[-1]] * self.longest)
-        return AcceptanceRates.empty(last.shape[0], known[: self.longest + 1], _BELIEF)
+        """How often drafts of each kind were right."""
+        return self.rates(last.shape[0])
+
+    def rates(self, batch: int) -> AcceptanceRates:
+        """How often drafts of each kind are right, before any were tried."""
+        known = [_CHANCES[min(length, len(_CHANCES) - 1)] for length in range(self.longest + 1)]
+        return AcceptanceRates.empty(batch, tuple(itertools.chain(*known)), _BELIEF)
+
+    def plan(
+        self, state: DecodeState
+    ) -> tuple[Int[Array, "B drafts"], Int[Array, "B depth"], Int[Array, ""]]:
+        """What `propose` says, and the index of the number of rows that pays."""
+        drafts, kinds = self.propose(state)
+        available = jnp.sum(drafts >= 0, axis=1, dtype=jnp.int32)
+        available = jnp.minimum(available, state.useful_drafts)
+        weight = urgency(state.active, state.requests.budget)
+        chances = state.extra.of(kinds)
+        return drafts, kinds, best_size(self.sizes, self.costs, chances, available, weight)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Copies drafts out of the text and verifies the number of them that pays."""
-        drafts, kind = self.propose(state)
-        available = jnp.sum(drafts >= 0, axis=1, dtype=jnp.int32)
-        available = jnp.minimum(available, state.useful_drafts)
+        drafts, kinds, size = self.plan(state)
         rates: AcceptanceRates = state.extra
-        rate = rates.of(kind)
-        weight = urgency(state.active, state.requests.budget)
-        size = best_size(self.sizes, self.costs, rate, available, weight)
 
         def with_rows(rows: int) -> Any:
             tree = self.tree if rows == self.tree.size else TokenTree.chain(rows - 1)
@@ -93,5 +115,4 @@ class Copying(BaseMethod):
 
         state = in_place_switch(size, [with_rows(rows) for rows in self.sizes], state)
         accepted = jnp.maximum(state.emitted_count - 1, 0)
-        rates = rates.after(kind, state.drafted, accepted)
-        return state.replace(extra=rates)
+        return state.replace(extra=rates.after(kinds, state.drafted, accepted))

@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mtd_jax.decoding.matching import extended_matches, suffix_matches
+from mtd_jax.decoding.matching import agreement, extended_matches, followers, suffix_matches
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.methods.copying import Copying
 from mtd_jax.typing import Array, Int
@@ -28,34 +28,39 @@ class NGram(Copying):
 
     name: ClassVar[str] = "ngram"
 
-    def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, " B"]]:
-        """The likeliest followers, by rank, at every node; and the order of the first ones."""
+    def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, "B depth"]]:
+        """The likeliest followers, by rank, at every node; the kinds are those of the best path."""
         text, length = state.history.text, state.history.length
-        matched = suffix_matches(text, length, self.longest)
-        order = jnp.max(matched, axis=1)
         if self.tree.size == 1:
-            return jnp.zeros((len(order), 0), jnp.int32), order
-        at_node = {0: matched}
+            none = jnp.zeros((text.shape[0], 0), jnp.int32)
+            return none, none
+        at_node = {0: suffix_matches(text, length, self.longest)}
+        best_path = {0}
+        kinds = []
         drafts: dict[int, jax.Array] = {}
         for node in range(self.tree.size):
             children = self.tree.children(node)
             if not children:
                 continue
-            tokens = _followers(at_node[node], text, len(children))
+            tokens = _likeliest(at_node[node], text, len(children))
+            if node in best_path:
+                best_path.add(children[0])
+                kinds.append(agreement(at_node[node], text, tokens[0]))
             for child, token in zip(children, tokens, strict=True):
                 drafts[child] = token
                 if self.tree.children(child):
                     known = extended_matches(at_node[node], text, length, token, self.longest)
                     # A chain ends where nothing is known.
                     at_node[child] = jnp.where((token >= 0)[:, None], known, 0)
-        return jnp.stack([drafts[n] for n in range(1, self.tree.size)], axis=1), order
+        in_order = [drafts[n] for n in range(1, self.tree.size)]
+        return jnp.stack(in_order, axis=1), jnp.stack(kinds, axis=1)
 
 
-def _followers(
+def _likeliest(
     matched: Int[Array, "B C"], text: Int[Array, "B C"], count: int
 ) -> list[Int[Array, " B"]]:
     """The tokens that most often follow the longest matches; of equals the latest; -1: none."""
-    follower = jnp.pad(text[:, 1:], ((0, 0), (0, 1)))
+    follower = followers(text)
     best = jnp.max(matched, axis=1, keepdims=True)
     candidate = (matched == best) & (best > 0)
     rows = jnp.arange(text.shape[0], dtype=jnp.int32)[:, None]

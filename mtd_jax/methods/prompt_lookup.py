@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from mtd_jax.decoding.matching import suffix_matches
+from mtd_jax.decoding.matching import KINDS, agreement, suffix_matches
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.methods.copying import Copying
 from mtd_jax.typing import Array, Int
@@ -21,13 +21,18 @@ class PromptLookup(Copying):
 
     name: ClassVar[str] = "prompt_lookup"
 
-    def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, " B"]]:
-        """The continuation of the first of the longest earlier matches, and their length."""
+    def propose(self, state: DecodeState) -> tuple[Int[Array, "B drafts"], Int[Array, "B drafts"]]:
+        """The continuation of the first of the longest earlier matches."""
         history = state.history
         matched = suffix_matches(history.text, history.length, self.longest)
         order = jnp.max(matched, axis=1)
         at = jnp.argmax(matched, axis=1).astype(jnp.int32)  # the first of equals
-        index = at[:, None] + 1 + jnp.arange(self.tree.size - 1, dtype=jnp.int32)[None, :]
+        place = jnp.arange(self.tree.size - 1, dtype=jnp.int32)[None, :]
+        index = at[:, None] + 1 + place
         tokens = history.text.at[jnp.arange(len(at))[:, None], index].get(mode="clip")
         known = (index < history.length[:, None]) & (order > 0)[:, None]
-        return jnp.where(known, tokens, -1), order
+        # Behind the first draft one place is followed: a match grows with every token copied.
+        copied = jnp.minimum(order[:, None] + place, self.longest) * KINDS + 1
+        first = agreement(matched, history.text, tokens[:, 0]) if self.tree.size > 1 else order
+        kinds = jnp.where(place == 0, first[:, None], copied)
+        return jnp.where(known, tokens, -1), jnp.where(known, kinds, 0)

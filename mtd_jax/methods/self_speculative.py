@@ -99,11 +99,11 @@ class SelfSpeculative(BaseMethod):
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Drafts until no row is sure any more, then verifies."""
         adaptation: _Adaptation = state.extra
-        kind = jnp.zeros_like(state.pending)
-        rate = adaptation.rates.of(kind)
+        kinds = jnp.zeros((state.pending.shape[0], self.sizes[-1] - 1), jnp.int32)
         most = jnp.minimum(state.useful_drafts, self.sizes[-1] - 1)
         weight = urgency(state.active, state.requests.budget)
-        chosen = best_size(self.sizes, self.costs, rate, most, weight)
+        chances = adaptation.rates.of(kinds)
+        chosen = best_size(self.sizes, self.costs, chances, most, weight)
         limit = jnp.asarray(self.sizes, jnp.int32)[chosen] - 1
 
         def plain(state: DecodeState) -> DecodeState:
@@ -118,7 +118,7 @@ class SelfSpeculative(BaseMethod):
         index = jnp.minimum(limit, len(branches) - 1)
         state = in_place_switch(index, branches, state)
         accepted = jnp.maximum(state.emitted_count - 1, 0)
-        return state.replace(extra=self._adapted(adaptation, state.drafted, accepted, kind))
+        return state.replace(extra=self._adapted(adaptation, state.drafted, accepted, kinds))
 
     def _drafted(
         self, params: Parameters, state: DecodeState, limit: Int[Array, ""]
@@ -155,7 +155,7 @@ class SelfSpeculative(BaseMethod):
         before: _Adaptation,
         drafted: Int[Array, " B"],
         accepted: Int[Array, " B"],
-        kind: Int[Array, " B"],
+        kinds: Int[Array, "B drafts"],
     ) -> _Adaptation:
         share = accepted.astype(jnp.float32) / jnp.maximum(drafted, 1).astype(jnp.float32)
         smooth = _ACCEPTANCE_SMOOTHING
@@ -169,5 +169,5 @@ class SelfSpeculative(BaseMethod):
         return _Adaptation(
             threshold=jnp.where(keep, before.threshold, threshold),
             acceptance=jnp.where(keep, before.acceptance, acceptance),
-            rates=before.rates.after(kind, drafted, accepted),
+            rates=before.rates.after(kinds, drafted, accepted),
         )

@@ -21,6 +21,11 @@ SIZES = (1, 4, 8, 16)
 COSTS = (1.0, 1.3, 1.5, 1.9)
 
 
+def _chances(rate: list[float]) -> jax.Array:
+    """The same chance for every draft of a row."""
+    return jnp.tile(jnp.asarray(rate, jnp.float32)[:, None], (1, SIZES[-1] - 1))
+
+
 def _chosen(
     rate: list[float],
     available: list[int],
@@ -30,7 +35,7 @@ def _chosen(
     index = best_size(
         SIZES,
         jnp.asarray(costs, jnp.float32),
-        jnp.asarray(rate, jnp.float32),
+        _chances(rate),
         jnp.asarray(available, jnp.int32),
         jnp.asarray(active or [True] * len(rate), jnp.float32),
     )
@@ -68,6 +73,20 @@ def test_without_drafts_there_is_one_row(rate: float) -> None:
     assert _chosen([rate], [0], costs=(1.0, 1.0, 1.0, 1.0)) == 1
 
 
+def test_every_draft_counts_with_its_own_chance() -> None:
+    """Three sure drafts in front of a doubtful one: four rows; doubt in front: none."""
+    one = jnp.ones(1, jnp.float32)
+
+    def chosen(chances: list[float]) -> int:
+        padded = jnp.asarray([chances + [0.9] * (SIZES[-1] - 1 - len(chances))], jnp.float32)
+        costs = jnp.asarray(COSTS, jnp.float32)
+        return SIZES[int(best_size(SIZES, costs, padded, jnp.asarray([15], jnp.int32), one))]
+
+    assert chosen([0.9, 0.9, 0.9, 0.05]) == 4
+    assert chosen([0.05]) == 1
+    assert chosen([]) == 16
+
+
 def test_dear_rows_are_not_bought() -> None:
     assert _chosen([0.9], [15]) == 16
     assert _chosen([0.9], [15], costs=(1.0, 9.0, 9.0, 9.0)) == 1
@@ -82,7 +101,7 @@ def test_rows_that_are_ahead_count_less() -> None:
         index = best_size(
             SIZES,
             jnp.asarray(COSTS, jnp.float32),
-            jnp.asarray([0.9, 0.9], jnp.float32),
+            _chances([0.9, 0.9]),
             jnp.asarray([15, 0], jnp.int32),
             weight,
         )
@@ -94,13 +113,32 @@ def test_rows_that_are_ahead_count_less() -> None:
     assert chosen([100, 20], [True, True]) > 1
 
 
+def _rate(rates: AcceptanceRates, kind: int) -> float:
+    return float(rates.of(jnp.array([[kind]], jnp.int32))[0, 0])
+
+
+def test_every_draft_that_was_looked_at_is_news_of_its_kind() -> None:
+    rates = AcceptanceRates.empty(1, (0.0, 0.5, 0.5, 0.5, 0.5), 1.0)
+    kinds = jnp.array([[1, 2, 3, 4]], jnp.int32)
+    drafted, accepted = jnp.array([4], jnp.int32), jnp.array([2], jnp.int32)
+    rates = rates.after(kinds, drafted, accepted)
+    np.testing.assert_allclose(rates.accepted[0], [0, 1, 1, 0, 0])
+    np.testing.assert_allclose(rates.tried[0], [0, 1, 1, 1, 0])  # the fourth was not reached
+    assert _rate(rates, 1) == 0.75
+    assert _rate(rates, 3) == 0.25
+    assert _rate(rates, 4) == 0.5
+    # All that were verified were right: nothing is known of those that were not.
+    rates = AcceptanceRates.empty(1, (0.0, 0.5, 0.5, 0.5, 0.5), 1.0)
+    rates = rates.after(kinds, accepted, accepted)
+    np.testing.assert_allclose(rates.tried[0], [0, 1, 1, 0, 0])
+
+
 def test_rates_follow_what_happens_and_forget_it() -> None:
-    def rate(rates: AcceptanceRates, kind: int) -> float:
-        return float(rates.of(jnp.array([kind], jnp.int32))[0])
+    rate = _rate
 
     def after(rates: AcceptanceRates, kind: int, drafted: int, accepted: int) -> AcceptanceRates:
-        one = [jnp.array([x], jnp.int32) for x in (kind, drafted, accepted)]
-        return rates.after(*one)
+        counts = [jnp.array([x], jnp.int32) for x in (drafted, accepted)]
+        return rates.after(jnp.full((1, 3), kind, jnp.int32), *counts)
 
     rates = AcceptanceRates.empty(1, (0.5, 0.7, 0.7), 1.0)
     prior = rate(rates, 1)

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.replay import state_of
 from mtd_jax import methods
-from mtd_jax.decoding.matching import extended_matches, suffix_matches
-from mtd_jax.decoding.method import DecodeState, Requests, Tally
-from mtd_jax.decoding.sampling import Sampling, SamplingRows
-from mtd_jax.transformer.cache import KVCache
+from mtd_jax.decoding.matching import KINDS, extended_matches, suffix_matches
+from mtd_jax.decoding.method import DecodeState
 
 CAPACITY, BATCH = 24, 4
 
@@ -33,28 +32,7 @@ def _filled(rows: list[Text]) -> tuple[jax.Array, jax.Array]:
 
 def _state(rows: list[Text]) -> DecodeState:
     """A state whose `history` is the rows; nothing else of it is looked at."""
-    text, length = _filled(rows)
-    batch, capacity = text.shape
-    none = jnp.zeros(batch, jnp.int32)
-    sampling = SamplingRows.of([Sampling()] * batch)
-    cache = KVCache(
-        k=jnp.zeros((1, batch, 1, 1, capacity), jnp.float32),
-        v=jnp.zeros((1, batch, 1, capacity, 1), jnp.float32),
-        length=length - 1,
-    )
-    return DecodeState(
-        cache=cache,
-        text=text,
-        prompt_length=jnp.ones(batch, jnp.int32),
-        pending=none,
-        emitted=none[:, None],
-        emitted_count=none,
-        partial=none,
-        drafted=none,
-        tally=Tally.empty(batch, 1),
-        active=jnp.ones(batch, jnp.bool),
-        requests=Requests(none, jnp.full(1, -1, jnp.int32), sampling),
-    )
+    return state_of(*_filled(rows), np.zeros(len(rows)))
 
 
 @jax.jit
@@ -88,20 +66,33 @@ def test_matches_equal_their_definition(rows: list[Text], longest: int, more: Te
             assert got.tolist() == expected + [0] * (CAPACITY - len(expected))
 
 
-def _followers(text: Text, drafts: Text, longest: int) -> Text:
-    """An n-gram table of every order: the most frequent followers first, of equals the latest."""
+def _seen(text: Text, drafts: Text, longest: int) -> tuple[int, Text]:
+    """The highest order that knows what text and drafts end in, and where it was followed."""
     for order in range(min(longest, len(text) + len(drafts)), 0, -1):
         context = (text + drafts)[-order:]
         known = [i for i in range(order, len(text)) if text[i - order : i] == context]
         if known:
-            counts = Counter(text[i] for i in known)
-            latest = {text[i]: i for i in known}
-            return sorted(counts, key=lambda token: (-counts[token], -latest[token]))
-    return []
+            return order, known
+    return 0, []
 
 
-def _order(text: Text, longest: int) -> int:
-    return max(_matches(text, [], longest), default=0)
+def _followers(text: Text, drafts: Text, longest: int) -> Text:
+    """An n-gram table of every order: the most frequent followers first, of equals the latest."""
+    _, known = _seen(text, drafts, longest)
+    counts = Counter(text[i] for i in known)
+    latest = {text[i]: i for i in known}
+    return sorted(counts, key=lambda token: (-counts[token], -latest[token]))
+
+
+def _kind(text: Text, drafts: Text, longest: int, token: int) -> int:
+    """The order, and whether it says so once (1), mostly (2), always (3) or not even that (0)."""
+    order, known = _seen(text, drafts, longest)
+    share = [text[i] for i in known].count(token) / max(len(known), 1)
+    if share == 0:
+        return 0
+    if len(known) == 1:
+        return order * KINDS + 1
+    return order * KINDS + (3 if share == 1 else 2 if share > 0.5 else 0)
 
 
 def _table_drafts(method: Any, text: Text) -> Text:
@@ -129,10 +120,24 @@ NGRAMS = [
 @settings(max_examples=60)
 @given(rows=texts)
 def test_ngrams_are_read_from_a_table_of_all_orders(method: Any, rows: list[Text]) -> None:
-    drafts, order = _propose(method, _state(rows))
-    for row, got, length in zip(rows, np.asarray(drafts), np.asarray(order), strict=True):
+    drafts, kinds = _propose(method, _state(rows))
+    for row, got, kind in zip(rows, np.asarray(drafts), np.asarray(kinds), strict=True):
         assert got.tolist() == _table_drafts(method, row)
-        assert length == _order(row, method.longest)
+        best = [int(got[node - 1]) for node in _first_path(method.tree)]
+        ahead = [best[:i] for i in range(len(best))]
+        expected = [
+            0 if -1 in [*before, token] else _kind(row, before, method.longest, token)
+            for before, token in zip(ahead, best, strict=True)
+        ]
+        assert kind.tolist() == expected
+
+
+def _first_path(tree: Any) -> list[int]:
+    nodes, path = tree.children(0), []
+    while nodes:
+        path.append(nodes[0])
+        nodes = tree.children(nodes[0])
+    return path
 
 
 LOOKUPS = [methods.prompt_lookup(drafts=4, longest=3), methods.prompt_lookup(drafts=9, longest=1)]
@@ -152,26 +157,30 @@ def _first_continuation(text: Text, drafts: int, longest: int) -> Text:
 @settings(max_examples=100)
 @given(rows=texts)
 def test_lookup_copies_what_followed_first(method: Any, rows: list[Text]) -> None:
-    drafts, order = _propose(method, _state(rows))
-    for row, got, length in zip(rows, np.asarray(drafts), np.asarray(order), strict=True):
+    drafts, kinds = _propose(method, _state(rows))
+    for row, got, kind in zip(rows, np.asarray(drafts), np.asarray(kinds), strict=True):
         assert got.tolist() == _first_continuation(row, method.tree.size - 1, method.longest)
-        assert length == _order(row, method.longest)
+        assert kind[0] == _kind(row, [], method.longest, int(got[0]))
+        order = int(kind[0]) // KINDS
+        copied = [min(order + i, method.longest) * KINDS + 1 for i in range(1, len(got))]
+        assert kind[1:].tolist() == [
+            0 if token < 0 else k for token, k in zip(got[1:], copied, strict=True)
+        ]
 
 
 @pytest.mark.parametrize("make", [methods.ngram, methods.prompt_lookup])
 def test_no_drafts_are_wanted(make: Any) -> None:
     """`drafts=0` is allowed: plain decoding."""
     method = make(drafts=0)
-    drafts, order = _propose(method, _state([[1, 2, 1], [1, 2, 3]]))
-    assert drafts.shape == (2, 0)
-    assert order.tolist() == [1, 0]
+    drafts, kinds = _propose(method, _state([[1, 2, 1], [1, 2, 3]]))
+    assert drafts.shape == kinds.shape == (2, 0)
 
 
 def test_nothing_is_known_of_a_first_token() -> None:
     for method in (*NGRAMS, *LOOKUPS):
-        drafts, order = _propose(method, _state([[7], [7, 8]]))
+        drafts, kinds = _propose(method, _state([[7], [7, 8]]))
         assert set(np.asarray(drafts).ravel().tolist()) == {-1}
-        assert order.tolist() == [0, 0]
+        assert not np.any(kinds)
 
 
 def test_a_text_of_thousands_of_tokens_is_searched_to_its_end() -> None:
@@ -179,9 +188,9 @@ def test_a_text_of_thousands_of_tokens_is_searched_to_its_end() -> None:
     rng = np.random.default_rng(0)
     text = [*rng.permutation(3000).tolist(), 4001, 4002, 4003, 4004, 5, 5, 4001, 4002]
     for method in (methods.ngram(drafts=3, longest=4), methods.prompt_lookup(3, 4)):
-        drafts, order = _propose(method, _state([text]))
+        drafts, kinds = _propose(method, _state([text]))
         assert drafts[0].tolist() == [4003, 4004, 5]
-        assert order.tolist() == [2]
+        assert kinds[0, 0] == 2 * KINDS + 1
 
 
 @pytest.mark.parametrize("times", [3, 200, 2000])
@@ -203,8 +212,7 @@ def test_tokens_that_are_counted_together_stay_apart() -> None:
 def test_drafting_ends_where_nothing_is_known() -> None:
     # 1 2 was followed by 9 once; nothing followed 9 but the end of what it stands in.
     method = methods.ngram(drafts=4, longest=2)
-    drafts, order = _propose(method, _state([[9, 1, 2, 8, 1, 2]]))
+    drafts, _ = _propose(method, _state([[9, 1, 2, 8, 1, 2]]))
     assert drafts[0].tolist() == [8, 1, 2, 8]
-    assert order.tolist() == [2]
     drafts, _ = _propose(methods.prompt_lookup(4, 2), _state([[9, 1, 2, 8, 1, 2]]))
     assert drafts[0].tolist() == [8, 1, 2, -1]
