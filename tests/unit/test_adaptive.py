@@ -44,7 +44,8 @@ def _chosen(
 
 def _slow(rate: list[float], available: list[int], active: list[bool]) -> int:
     best, chosen = -1.0, 0
-    for size, cost in zip(SIZES, COSTS, strict=True):
+    for size, measured in zip(SIZES, COSTS, strict=True):
+        cost = 1.0 + 1.25 * (measured - 1.0)
         tokens = 0.0
         for r, a, on in zip(rate, available, active, strict=True):
             tokens += on * sum(r**i for i in range(min(size - 1, a) + 1))
@@ -74,7 +75,7 @@ def test_without_drafts_there_is_one_row(rate: float) -> None:
 
 
 def test_every_draft_counts_with_its_own_chance() -> None:
-    """Three sure drafts in front of a doubtful one: four rows; doubt in front: none."""
+    """Three sure drafts in front of an unlikely one: four rows; an unlikely one first: none."""
     one = jnp.ones(1, jnp.float32)
 
     def chosen(chances: list[float]) -> int:
@@ -165,10 +166,11 @@ def test_the_tree_that_pays() -> None:
         ratios = jnp.asarray(ratio, jnp.float32)
         return int(best_tree_index(expected, costs, ratios, weight, wanted))
 
-    assert chosen([1.0, 1.0]) == 1  # 2 / 1.5 a second, against 1 and 2.5 / 3
+    # Costs over one row count a fourth more.
+    assert chosen([1.0, 1.0]) == 1  # 2 / 1.625 a second, against 1 and 2.5 / 3.5
     assert chosen([0.2, 0.2]) == 0
-    assert chosen([0.2, 1.0]) == 1  # 3.2 tokens of both rows in 1.5, against 2 in 1
-    assert chosen([0.2, 1.0], jnp.asarray([1.0, 0.0], jnp.float32)) == 0
+    assert chosen([0.5, 1.0]) == 1  # 3.5 tokens of both rows in 1.625, against 2 in 1
+    assert chosen([0.5, 1.0], jnp.asarray([1.0, 0.0], jnp.float32)) == 0
     assert chosen([1.0, 1.0], left=1) == 0  # what a draft would bring is not wanted any more
 
 
