@@ -45,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-noise-kinds-1": partial(speed.kinds, "cpu-noise", 1),
     "cpu-whole-set": partial(speed.drafting, "cpu-whole-set"),
     "cpu-whole-set-kinds-1": partial(speed.kinds, "cpu-whole-set", 1),
+    "cpu-summaries": partial(speed.drafting, "cpu-summaries"),
     "cpu-speculative": partial(speed.drafting, "cpu-speculative"),
     "cpu-speculative-kinds-4": partial(speed.kinds, "cpu-speculative", 4),
     "cpu-code-editing": partial(speed.drafting, "cpu-code-editing"),
