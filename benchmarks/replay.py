@@ -5,14 +5,13 @@ r"""What methods that copy would have drafted while known answers were written: 
     python -m benchmarks.replay answers.jsonl --out benchmarks/results/replay.json
 
 By kind of draft, how often it is right: what `_CHANCES` in `methods/copying.py` was rounded from.
-And what `auto` gains with them where steps cost what `--costs` says: what the constants of
+And what `auto` gains with them where steps cost what `COSTS` says: what the constants of
 `methods/copying.py` and `decoding/adaptive.py` were compared by. Proposals, choices and adaptation
 are the methods' own.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Callable
@@ -25,11 +24,14 @@ import numpy as np
 
 from benchmarks.shapes import whole_numbers
 from mtd_jax import methods
+from mtd_jax.cli.page import make_parser, run
 from mtd_jax.convert.atomic import write_file
 from mtd_jax.decoding.matching import KINDS
 from mtd_jax.decoding.method import DecodeState, Requests, Tally
 from mtd_jax.decoding.sampling import Sampling, SamplingRows
+from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment
+from mtd_jax.training.sources import place, read_documents
 from mtd_jax.transformer.cache import KVCache
 
 METHODS: dict[str, Callable[[], Any]] = {
@@ -52,7 +54,7 @@ class Answer(NamedTuple):
 
 def main() -> None:
     """Counts, replays, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("answers", type=Path, help="of `mtd distill-data --temperatures 0`")
     parser.add_argument("--batch-sizes", type=whole_numbers, default=[1, 4])
     parser.add_argument("--max-new-tokens", type=int, default=128, help="that were asked for")
@@ -64,8 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    lines = [json.loads(line) for line in args.answers.read_text(encoding="utf-8").splitlines()]
-    answers = [Answer(np.asarray(x["token_ids"], np.int32), x["prompt_tokens"]) for x in lines]
+    answers = read_answers(args.answers)
     rows = []
     for name, make in METHODS.items():
         method = make()
@@ -96,6 +97,18 @@ def main() -> None:
         write_file(args.out, json.dumps(result, indent=1) + "\n")
 
 
+def read_answers(path: Path) -> list[Answer]:
+    """Those of a file of `mtd distill-data`."""
+    answers = []
+    for document in read_documents(path):
+        written = document.answer or ()
+        if document.token_ids is None or True not in written:
+            where = place(path, document.line)
+            raise InputError(f"{where}: an answer of `mtd distill-data` is needed")
+        answers.append(Answer(np.asarray(document.token_ids, np.int32), written.index(True)))
+    return answers
+
+
 def kinds(method: Any, answers: list[Answer]) -> list[dict[str, Any]]:
     """Drafts of each kind behind every token of the answers, as long as they are right."""
     tried, right = np.zeros((2, KINDS * (method.longest + 1)), np.int64)
@@ -107,8 +120,8 @@ def kinds(method: Any, answers: list[Answer]) -> list[dict[str, Any]]:
             # Always as many, so that one program serves; those that are repeated do not count.
             state = state_of(text, np.resize(some, POSITIONS), np.ones(POSITIONS))
             drafts, kind = jax.device_get(_propose(method, state))
-            for place, row, found in zip(some, drafts, kind, strict=False):
-                followed = answer.tokens[place:]
+            for at, row, found in zip(some, drafts, kind, strict=False):
+                followed = answer.tokens[at:]
                 count = _right(row, followed)
                 seen = found[: min(count + 1, len(followed))]
                 np.add.at(tried, seen[seen > 0], 1)
@@ -234,4 +247,4 @@ def _after(rates: Any, kinds: jax.Array, drafted: jax.Array, accepted: jax.Array
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "replay.py")

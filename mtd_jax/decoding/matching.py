@@ -60,8 +60,8 @@ def agreement(
     longest = (matched == best[:, None]) & (matched > 0)
     places = jnp.sum(longest, axis=1, dtype=jnp.int32)
     agreeing = jnp.sum(longest & (followers(text) == token[:, None]), axis=1, dtype=jnp.int32)
-    several = jnp.where(agreeing == places, 3, jnp.where(2 * agreeing > places, 2, 0))
-    how = jnp.where(places == 1, agreeing, several)
+    conditions = [places == 1, agreeing == places, 2 * agreeing > places]
+    how = jnp.select(conditions, [1, 3, 2], 0)
     return jnp.where(agreeing > 0, best * KINDS + how, 0).astype(jnp.int32)
 
 

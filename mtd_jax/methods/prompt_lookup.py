@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from mtd_jax.decoding.matching import KINDS, agreement, suffix_matches
+from mtd_jax.decoding.matching import KINDS, agreement, followers, suffix_matches
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.methods.copying import Copying
 from mtd_jax.typing import Array, Int
@@ -33,6 +33,7 @@ class PromptLookup(Copying):
         known = (index < history.length[:, None]) & (order > 0)[:, None]
         # Behind the first draft one place is followed: a match grows with every token copied.
         copied = jnp.minimum(order[:, None] + place, self.longest) * KINDS + 1
-        first = agreement(matched, history.text, tokens[:, 0]) if self.tree.size > 1 else order
+        next_token = jnp.take_along_axis(followers(history.text), at[:, None], axis=1)[:, 0]
+        first = agreement(matched, history.text, next_token)
         kinds = jnp.where(place == 0, first[:, None], copied)
         return jnp.where(known, tokens, -1), jnp.where(known, kinds, 0)

@@ -135,25 +135,23 @@ def test_every_draft_that_was_looked_at_is_news_of_its_kind() -> None:
 
 
 def test_rates_follow_what_happens_and_forget_it() -> None:
-    rate = _rate
-
     def after(rates: AcceptanceRates, kind: int, drafted: int, accepted: int) -> AcceptanceRates:
         counts = [jnp.array([x], jnp.int32) for x in (drafted, accepted)]
         return rates.after(jnp.full((1, 3), kind, jnp.int32), *counts)
 
     rates = AcceptanceRates.empty(1, (0.5, 0.7, 0.7), 1.0)
-    prior = rate(rates, 1)
-    assert rate(rates, 0) == 0.5
+    prior = _rate(rates, 1)
+    assert _rate(rates, 0) == 0.5
     for _ in range(5):
         rates = after(rates, 1, 3, 0)
-    low = rate(rates, 1)
-    assert low < 0.2 < prior == rate(rates, 2)
+    low = _rate(rates, 1)
+    assert low < 0.2 < prior == _rate(rates, 2)
     for _ in range(80):
         rates = after(rates, 0, 0, 0)  # steps without drafts
-    assert low < 0.5 < rate(rates, 1) <= prior
+    assert low < 0.5 < _rate(rates, 1) <= prior
     for _ in range(10):
         rates = after(rates, 1, 3, 3)
-    assert rate(rates, 1) > 0.95
+    assert _rate(rates, 1) > 0.95
 
 
 def test_the_tree_that_pays() -> None:
