@@ -17,9 +17,8 @@ _FORGET = 0.96
 _HURRY = 8.0
 """Tokens: a row that is so far ahead of the last one counts a third of it."""
 _DOUBT = 1.25
-"""What more rows cost over one counts so many times: believing it to be 30 % less than it is loses
-one to two percent of what replayed answers gain (`benchmarks/replay.py --measured 0.56`, times this
-factor), 40 % more loses nothing (`--measured 1.12`)."""
+"""What more rows cost over one counts so many times: a cost believed too low loses more than one
+believed too high (`benchmarks/replay.py --measured`)."""
 _PRIOR_YIELD = 3.0
 """Drafts: a measurement on many texts is believed until about so many say otherwise."""
 
