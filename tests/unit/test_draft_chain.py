@@ -150,8 +150,8 @@ def _adapted(method: Any, steps: list[tuple[int, int]]) -> list[tuple[float, flo
     kept = method.kept(tiny.params(CONFIG), last, state.cache, state.requests)
     found = []
     for drafted, accepted in steps:
-        one = [jnp.array([n], jnp.int32) for n in (drafted, accepted, 0)]
-        kept = method._adapted(kept, *one)
+        one = [jnp.array([n], jnp.int32) for n in (drafted, accepted)]
+        kept = method._adapted(kept, *one, jnp.zeros((1, method.sizes[-1] - 1), jnp.int32))
         found.append((float(kept.acceptance[0]), float(kept.threshold[0])))
     return found
 
