@@ -88,10 +88,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mesh", ["", "data=2,tensor=4"], ids=["one device", "mesh"])
 def test_greedy_answers_are_those_of_transformers(exported: Path, mesh: str) -> None:
-    """128 tokens (32 on a mesh) to each of ten prompts, by the chat template of either side.
+    """128 tokens to each of ten prompts, by the chat template of either side.
 
-    Every token is the greatest of what transformers says behind those before it, or less than 1e-4
-    under it: what its own greedy decoding would write, at a tenth of the time.
+    On a mesh, whose eight devices have two cores here, 32 tokens to the first eight. Every token is
+    the greatest of what transformers says behind those before it, or less than 1e-4 under it: what
+    its own greedy decoding would write, at a tenth of the time.
     """
     from transformers import AutoTokenizer
 
@@ -101,7 +102,8 @@ def test_greedy_answers_are_those_of_transformers(exported: Path, mesh: str) -> 
     model = mtd.load(model_directory(), dtype="float32", mesh=places)
     assert model.tokenizer is not None
     prompts = []
-    for text in PROMPTS:
+    asked = PROMPTS[:8] if mesh else PROMPTS
+    for text in asked:
         messages = [{"role": "user", "content": text}]
         ids = model.tokenizer.chat(messages)
         rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -109,12 +111,12 @@ def test_greedy_answers_are_those_of_transformers(exported: Path, mesh: str) -> 
         direct = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ids == list(direct)
         prompts.append(ids)
-    assert max(len(ids) for ids in prompts) > 500
+    assert mesh or max(len(ids) for ids in prompts) > 500
 
     # On one device the short ones in a batch, the long one alone, as the command line does; text,
     # so that our template is used.
     new_tokens = 32 if mesh else NEW_TOKENS
-    batches = (PROMPTS,) if mesh else (PROMPTS[:-1], PROMPTS[-1:])
+    batches = (asked,) if mesh else (asked[:-1], asked[-1:])
     done = [
         completion
         for part in batches
