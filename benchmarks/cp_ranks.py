@@ -11,6 +11,9 @@ are drawn from the model itself (temperature 1, drafts tested by min(1, p / q)):
 small a model run in circles, and how long drafts are accepted is then the circle's doing. Speeds
 are those of drafting with the heads over decoding the same weights without drafts, in turns.
 Interrupted, the same command goes on; what is trained already is measured again.
+
+What balancing does to one rank: `--ranks 4 --balances 0,0.001,0.1`, in a `--work` and an `--out` of
+its own.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import mtd_jax as mtd
-from benchmarks.shapes import whole_numbers
+from benchmarks.shapes import numbers, whole_numbers
 from mtd_jax import Prompt, methods
 from mtd_jax.cli.page import make_parser, run
 from mtd_jax.cli.session import use_compilation_cache
@@ -50,6 +53,9 @@ def main() -> None:
     parser.add_argument("--shape", type=Path, required=True)
     parser.add_argument("--ranks", type=whole_numbers, default=[1, 2, 4, 8])
     parser.add_argument("--seeds", type=whole_numbers, default=[0, 1, 2])
+    parser.add_argument(
+        "--balances", type=numbers, default=[None], help="weights of balancing; else the config's"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--work", type=Path, required=True, help="directory of the runs")
@@ -58,8 +64,8 @@ def main() -> None:
     args = parser.parse_args()
     use_compilation_cache()
     rows: list[dict[str, Any]] = []
-    for seed, rank in itertools.product(args.seeds, args.ranks):
-        rows.append(_row(args, seed, rank))
+    for balance, seed, rank in itertools.product(args.balances, args.seeds, args.ranks):
+        rows.append(_row(args, seed, rank, balance))
         print(json.dumps(rows[-1]), flush=True)
         result = {
             "hardware": environment.hardware(),
@@ -72,12 +78,14 @@ def main() -> None:
         plot.plot_ranks(rows, args.plot)
 
 
-def _row(args: argparse.Namespace, seed: int, rank: int) -> dict[str, Any]:
+def _row(args: argparse.Namespace, seed: int, rank: int, balance: float | None) -> dict[str, Any]:
     base = args.work / f"base-{seed}"
     if not base.exists():
         write_fresh(read_shape(args.shape), base, seed)
-    own = [f'model="{base}"', f'out="{args.work}/rank-{rank}-seed-{seed}"']
-    own += [f"options.rank={rank}", f"seed={seed}"]
+    changes = {"rank": rank, "seed": seed} | ({} if balance is None else {"balance": balance})
+    name = "-".join(f"{key}-{value}" for key, value in changes.items())
+    own = [f'model="{base}"', f'out="{args.work}/{name}"', f"seed={changes.pop('seed')}"]
+    own += [f"options.{key}={value}" for key, value in changes.items()]
     prepared = prepare_run(read_config(args.config, [*args.set, *own]))
     if not (result_of(prepared) / FILE).is_file() and not fit_and_write(prepared).finished:
         sys.exit(0)  # it was asked to stop, and has saved what there is

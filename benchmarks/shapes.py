@@ -48,6 +48,14 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers") from None
 
 
+def numbers(text: str) -> list[float]:
+    """`0,0.1` as a list."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers") from None
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model or --config, and --dtype."""
     source = parser.add_mutually_exclusive_group(required=True)

@@ -89,20 +89,19 @@ _OF_RANKS = {
 
 
 def cp_ranks(*names: str) -> str:
-    """CP heads from random weights by rank: means of the seeds, and half of their range."""
+    """CP heads from random weights by rank and balance: means of the seeds, half of their range."""
     rows = []
     for name in names:
         found = result_of(name)["rows"]
-        for rank in sorted({row["rank"] for row in found}):
-            seeds = [row for row in found if row["rank"] == rank]
+        for rank, balance in sorted({(row["rank"], row["balance"]) for row in found}):
+            seeds = [row for row in found if (row["rank"], row["balance"]) == (rank, balance)]
             cells = (_spread([row[key] for row in seeds]) for key in _OF_RANKS)
             own = f"{seeds[0]['parameters']['heads'] / 1e3:.0f} k"
             speeds = (
                 f"{statistics.mean(row[key] for row in seeds):.0f}"
                 for key in ("plain_tokens_per_second", "tokens_per_second")
             )
-            balance = f"{seeds[0]['balance']:g}"
-            rows.append([str(rank), balance, str(len(seeds)), own, *cells, *speeds])
+            rows.append([str(rank), f"{balance:g}", str(len(seeds)), own, *cells, *speeds])
     head = ["rank", "balance", "seeds", "parameters of the heads", *_OF_RANKS.values()]
     return table([*head, "tokens/s without drafts", "with"], rows)
 
