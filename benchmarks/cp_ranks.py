@@ -12,8 +12,9 @@ small a model run in circles, and how long drafts are accepted is then the circl
 are those of drafting with the heads over decoding the same weights without drafts, in turns.
 Interrupted, the same command goes on; what is trained already is measured again.
 
-What balancing does to one rank: `--ranks 4 --balances 0,0.001,0.1`, in a `--work` and an `--out` of
-its own.
+With a `--work` and an `--out` of their own: what balancing does to one rank (`--ranks 4 --balances
+0,0.001,0.1`); and what becomes of models that are trained already, with their heads or below them
+(`--base 'runs/byte-{seed}/model' --trunks frozen,trained`).
 """
 
 from __future__ import annotations
@@ -50,11 +51,16 @@ def main() -> None:
     """Trains, measures, writes and draws."""
     parser = make_parser(__doc__)
     parser.add_argument("config", help="of `mtd train`, for cp")
-    parser.add_argument("--shape", type=Path, required=True)
+    begun = parser.add_mutually_exclusive_group(required=True)
+    begun.add_argument("--shape", type=Path, help="of models with random weights")
+    begun.add_argument("--base", help="models of `mtd train`; {seed} in it stands for the seed")
     parser.add_argument("--ranks", type=whole_numbers, default=[1, 2, 4, 8])
     parser.add_argument("--seeds", type=whole_numbers, default=[0, 1, 2])
     parser.add_argument(
         "--balances", type=numbers, default=[None], help="weights of balancing; else the config's"
+    )
+    parser.add_argument(
+        "--trunks", type=lambda text: text.split(","), default=[None], help="frozen,trained"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -64,8 +70,10 @@ def main() -> None:
     args = parser.parse_args()
     use_compilation_cache()
     rows: list[dict[str, Any]] = []
-    for balance, seed, rank in itertools.product(args.balances, args.seeds, args.ranks):
-        rows.append(_row(args, seed, rank, balance))
+    variations = itertools.product(args.balances, args.trunks, args.seeds, args.ranks)
+    for balance, trunk, seed, rank in variations:
+        options = {"rank": rank, "balance": balance, "trunk": trunk}
+        rows.append(_row(args, seed, {k: v for k, v in options.items() if v is not None}))
         print(json.dumps(rows[-1]), flush=True)
         result = {
             "hardware": environment.hardware(),
@@ -78,36 +86,52 @@ def main() -> None:
         plot.plot_ranks(rows, args.plot)
 
 
-def _row(args: argparse.Namespace, seed: int, rank: int, balance: float | None) -> dict[str, Any]:
-    base = args.work / f"base-{seed}"
-    if not base.exists():
-        write_fresh(read_shape(args.shape), base, seed)
-    changes = {"rank": rank, "seed": seed} | ({} if balance is None else {"balance": balance})
-    name = "-".join(f"{key}-{value}" for key, value in changes.items())
-    own = [f'model="{base}"', f'out="{args.work}/{name}"', f"seed={changes.pop('seed')}"]
-    own += [f"options.{key}={value}" for key, value in changes.items()]
+def _row(args: argparse.Namespace, seed: int, options: dict[str, Any]) -> dict[str, Any]:
+    base = _base(args, seed)
+    name = "-".join(f"{key}-{value}" for key, value in ({"seed": seed} | options).items())
+    own = [f'model="{base}"', f'out="{args.work / name}"', f"seed={seed}"]
+    own += [f"options.{key}={json.dumps(value)}" for key, value in options.items()]
     prepared = prepare_run(read_config(args.config, [*args.set, *own]))
     if not (result_of(prepared) / FILE).is_file() and not fit_and_write(prepared).finished:
         sys.exit(0)  # it was asked to stop, and has saved what there is
     log = read_log(prepared.directory)
-    last = [line for line in log if "held_out_loss" in line][-1]
-    names = ["joint", *(f"conditional_{s + 1}" for s in range(prepared.config.options["tokens"]))]
+    last = _last(log)
+    known = prepared.config.options
+    names = ["joint", *(f"conditional_{s + 1}" for s in range(known["tokens"]))]
     assert prepared.held_out is not None
+    model = prepared.directory / "model" if known["trunk"] == "trained" else base
     return {
-        "rank": rank,
+        "rank": known["rank"],
         "seed": seed,
-        "balance": prepared.config.options["balance"],
+        "balance": known["balance"],
+        "trunk": known["trunk"],
+        "base_loss": None if args.base is None else _last(read_log(base.parent))["held_out_loss"],
         "steps": int(last["step"]),
         "tokens": int(sum(line.get("tokens", 0) for line in log)),
         **{name: round(last[f"held_out_{name}"], 5) for name in (*names, "usage_entropy")},
-        **_decoded(prepared.directory, prepared.held_out, args.new_tokens),
+        **_decoded(model, prepared.directory / "heads", prepared.held_out, args.new_tokens),
     }
 
 
-def _decoded(directory: Path, texts: Rows, new_tokens: int) -> dict[str, Any]:
+def _last(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last evaluation."""
+    return [line for line in log if "held_out_loss" in line][-1]
+
+
+def _base(args: argparse.Namespace, seed: int) -> Path:
+    """The model that training begins with."""
+    if args.base is not None:
+        return Path(args.base.format(seed=seed))
+    base: Path = args.work / f"base-{seed}"
+    if not base.exists():
+        write_fresh(read_shape(args.shape), base, seed)
+    return base
+
+
+def _decoded(model_at: Path, heads_at: Path, texts: Rows, new_tokens: int) -> dict[str, Any]:
     """Acceptance and speed behind pieces of held-out texts; greedy, whether tokens are the same."""
-    model = mtd.load(directory / "model")
-    heads = mtd.load_heads(directory / "heads", model)
+    model = mtd.load(model_at)
+    heads = mtd.load_heads(heads_at, model)
     prompts = _prompts(texts)
 
     def rows(drafting: Any, **options: Any) -> Any:

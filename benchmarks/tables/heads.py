@@ -106,6 +106,31 @@ def cp_ranks(*names: str) -> str:
     return table([*head, "tokens/s without drafts", "with"], rows)
 
 
+_OF_TRUNKS = ("joint", "mean_acceptance_length", "speedup")
+
+
+def cp_trunks() -> str:
+    """CP heads over models of bytes that were trained before, with them and below them."""
+    found = result_of("cpu-cp-trunks")["rows"]
+    ways = {
+        "heads alone": [row for row in found if row["trunk"] == "frozen"],
+        "heads and model": [row for row in found if row["trunk"] == "trained"],
+        "both from random weights": result_of("cpu-cp-twice")["rows"],
+    }
+    rows = []
+    for way, seeds in ways.items():
+        frozen = seeds[0]["trunk"] == "frozen"
+        columns = (
+            [row["base_loss"] for row in seeds],
+            [row["base_loss" if frozen else "conditional_1"] for row in seeds],
+            *([row[key] for row in seeds] for key in _OF_TRUNKS),
+        )
+        cells = ("-" if column[0] is None else _spread(column) for column in columns)
+        rows.append([way, str(seeds[0]["steps"]), str(len(seeds)), *cells])
+    head = ["trained", "steps", "seeds", "loss of the model before", "of the token that is decoded"]
+    return table([*head, *(_OF_RANKS[key] for key in _OF_TRUNKS)], rows)
+
+
 def cp_losses() -> str:
     """What CP heads over a trained base come to on held-out answers, by rank."""
     found = sorted(result_of("cpu-cp-guesses")["rows"], key=lambda r: int(r["options"]["rank"]))

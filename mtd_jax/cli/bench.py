@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mtd_jax import methods
@@ -32,6 +32,7 @@ from mtd_jax.evaluation.bench import (
     speedup_text,
     to_json,
 )
+from mtd_jax.progress import progress
 
 _DESCRIPTION = """\
 Measure decoding speed on your own model and prompts.
@@ -116,16 +117,9 @@ def run(args: argparse.Namespace) -> int:
     prompts = _of_categories(read_prompts(args.prompts), args.category)[: args.limit]
     model = open_model(args)
     fitter = _Fitter(model, typical_length(model, prompts), fresh=args.auto)
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=args.json) as bar:
-        steps = passes(len(choices), len(prompts), sizes, args.repeats)
-        task = bar.add_task("measuring memory bandwidth", total=steps)
+    steps = passes(len(choices), len(prompts), sizes, args.repeats)
+    begun = itertools.count()
+    with progress("measuring memory bandwidth", steps) as shown:
         result = bench(
             model,
             {choice.label: functools.partial(fitter.fit, choice) for choice in choices},
@@ -137,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             ignore_eos=args.ignore_eos,
             repeats=args.repeats,
-            progress=lambda what: bar.update(task, description=what, advance=1),
+            progress=lambda what: shown.update(next(begun), description=what),
         )
     measured = to_json(result)
     report = {

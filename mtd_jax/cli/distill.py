@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mtd_jax.cli import arguments
 from mtd_jax.cli.resumable import ResumableLines, open_lines
@@ -24,6 +19,7 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.metrics import Metrics
 from mtd_jax.decoding.requests import DEFAULT_NEW_TOKENS, read_prompts
 from mtd_jax.errors import InputError
+from mtd_jax.progress import progress
 from mtd_jax.training.distill import Plan, Recipe, Task, answer, batches, make_plan
 
 _DESCRIPTION = """\
@@ -155,11 +151,18 @@ def _answer_all(
         return metrics
     length = int(statistics.median_high([len(task.token_ids) for task in plan.tasks]))
     method = choice.fitted(model, batch_size=args.batch_size, prompt_tokens=length)
-    with _bar(len(lines.done), len(plan.tasks)) as (advance, seen):
+    tokens = 0
+    with progress("answering", len(plan.tasks), done=len(lines.done)) as shown:
+
+        def seen(count: int) -> None:
+            nonlocal tokens
+            tokens += count
+            shown.update(note=f"{tokens / max(shown.elapsed, 1e-3):.0f} tokens/s")
+
         for batch, wanted in missing:
             found, cost = answer(model, method, batch, args.batch_size, seen)
             lines.append([line for line in found if line["id"] in wanted])
-            advance(len(wanted))
+            shown.advance(len(wanted))
             metrics = dataclasses.replace(
                 metrics,
                 prompts=metrics.prompts + len(wanted),
@@ -168,33 +171,6 @@ def _answer_all(
                 compile_seconds=metrics.compile_seconds + cost.compile_seconds,
             )
     return metrics
-
-
-@contextlib.contextmanager
-def _bar(done: int, total: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """A bar on a terminal's stderr; yields functions that count answers and tokens."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("answers, {task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    tokens = 0
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("answering", total=total, completed=done, speed="0 tokens/s")
-
-        def seen(count: int) -> None:
-            nonlocal tokens
-            tokens += count
-            elapsed = bar.tasks[0].elapsed or 0.0
-            if elapsed:
-                bar.update(task, speed=f"{tokens / elapsed:.0f} tokens/s")
-
-        yield lambda count: bar.advance(task, count), seen
 
 
 def _report(args: argparse.Namespace, plan: Plan, before: int, metrics: Metrics) -> None:

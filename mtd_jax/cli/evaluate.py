@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from mtd_jax.cli import arguments
@@ -24,6 +23,7 @@ from mtd_jax.decoding.method import Method, check
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation.harness import run_tasks
 from mtd_jax.evaluation.text_loss import text_loss, text_rows
+from mtd_jax.progress import progress
 from mtd_jax.training.config import DataConfig
 
 _DESCRIPTION = """\
@@ -105,26 +105,21 @@ def _measured(
     method = choice.made(model)
     check(method, model.config)
     found: dict[str, Any] = {}
-    console = Console(stderr=True)
-    # Where nobody looks, a bar that an error ends would leave an empty line before it.
-    hidden = args.json or not console.is_terminal
-    with Progress(console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(path, total=None)
-        if args.text:
-            data = DataConfig(train=tuple(args.text), length=args.length, loss=args.loss)
-            rows = text_rows(model, data, cache_directory() / "tokens")
-            bar.update(task, total=-(-len(rows) // args.batch_size))
+    if args.text:
+        data = DataConfig(train=tuple(args.text), length=args.length, loss=args.loss)
+        rows = text_rows(model, data, cache_directory() / "tokens")
+        with progress(f"reading texts, {path}", -(-len(rows) // args.batch_size)) as shown:
             losses = text_loss(
                 model,
                 method,
                 rows,
                 batch_size=args.batch_size,
                 places_of=places_of,
-                progress=lambda: bar.advance(task),
+                progress=shown.advance,
             )
-            found |= losses.to_dict()
-        if args.tasks:
-            bar.reset(task, total=None)
+        found |= losses.to_dict()
+    if args.tasks:
+        with progress(f"answering tasks, {path}", None) as shown:
             found["tasks"] = run_tasks(
                 model,
                 method,
@@ -134,7 +129,7 @@ def _measured(
                 few_shot=args.few_shot,
                 chat=args.chat,
                 batch_size=args.batch_size,
-                progress=lambda count: bar.update(task, completed=count),
+                progress=shown.update,
             )
     return method, found
 

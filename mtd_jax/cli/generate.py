@@ -7,9 +7,6 @@ import json
 import sys
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from mtd_jax.cli import arguments
 from mtd_jax.cli.session import open_method, open_model, sampling_of, typical_length
 from mtd_jax.decoding.generate import Chunk, Completion, collect, generate
@@ -18,6 +15,7 @@ from mtd_jax.decoding.metrics import Metrics, total
 from mtd_jax.decoding.requests import DEFAULT_NEW_TOKENS, Prompt, read_prompts
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation.roofline import memory_bandwidth
+from mtd_jax.progress import progress
 
 _DESCRIPTION = """\
 Answer one prompt or a file of prompts.
@@ -115,24 +113,15 @@ def _shown(chunks: Iterator[Chunk], prompts: list[Prompt]) -> Iterator[Chunk]:
 def _with_progress(
     chunks: Iterator[Chunk], prompts: list[Prompt], args: argparse.Namespace
 ) -> Iterator[Chunk]:
-    """Draws a bar on a terminal's stderr while several prompts are answered."""
-    console = Console(stderr=True)
-    if args.stream or not console.is_terminal:
+    """Shows how many prompts are answered, where their texts are not shown themselves."""
+    if args.stream:
         yield from chunks
         return
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} prompts"),
-        TextColumn("{task.fields[tokens]} tokens"),
-        TimeElapsedColumn(),
-    )
     tokens = 0
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("decoding", total=len(prompts), tokens=0)
+    with progress("answering prompts", len(prompts)) as shown:
         for chunk in chunks:
             tokens += len(chunk.token_ids)
-            bar.update(task, advance=int(chunk.finish_reason is not None), tokens=tokens)
+            shown.advance(int(chunk.finish_reason is not None), note=f"{tokens} tokens")
             yield chunk
 
 

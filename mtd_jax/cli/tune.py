@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mtd_jax.cli import arguments
 from mtd_jax.cli.session import open_model
@@ -18,6 +17,7 @@ from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import Prompt, read_prompts
 from mtd_jax.evaluation import environment
 from mtd_jax.evaluation.tune_skip import Candidate, SkipSearch
+from mtd_jax.progress import progress
 
 _DESCRIPTION = """\
 Find settings of a method that fit your model and prompts; no training.
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     log.save()  # an `out` that cannot be written is found now, not behind the search
     with Console(stderr=True).status("the model writes the texts to try sets on"):
         search = SkipSearch(model, prompts, new_tokens=args.max_new_tokens, known=log.known)
-    best = _searched(search, evaluations, log, quiet=args.json)
+    best = _searched(search, evaluations, log)
     options = {
         "skip_attention": ",".join(map(str, sorted(best.skip.attention))),
         "skip_mlp": ",".join(map(str, sorted(best.skip.mlp))),
@@ -133,26 +133,18 @@ class _Log:
         write_file(self._path, json.dumps(values, indent=1) + "\n")
 
 
-def _searched(search: SkipSearch, evaluations: int, log: _Log, *, quiet: bool) -> Candidate:
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
-    with bar:
-        task = bar.add_task("trying sets", total=evaluations)
+def _searched(search: SkipSearch, evaluations: int, log: _Log) -> Candidate:
+    with progress("trying sets", evaluations) as shown:
 
-        def progress(best: Candidate) -> None:
+        def tried(best: Candidate) -> None:
             left_out = len(best.skip.attention) + len(best.skip.mlp)
-            text = f"best so far: {left_out} sublayers left out, {best.agreement:.0%} agreement"
-            bar.update(task, advance=1, description=text)
+            note = f"best so far: {left_out} sublayers left out, {best.agreement:.0%} agreement"
+            shown.advance(note=note)
             if not len(log.known) % 10:
                 log.save()
 
         try:
-            return search.search(evaluations, progress)
+            return search.search(evaluations, tried)
         finally:
             log.save()
 

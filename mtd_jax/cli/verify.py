@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-
-from rich.console import Console
 
 from mtd_jax.cli import arguments
 from mtd_jax.cli.session import open_method, open_model, typical_length
 from mtd_jax.decoding.requests import read_prompts
 from mtd_jax.evaluation.losslessness import LosslessReport, verify
+from mtd_jax.progress import progress
 
 _DESCRIPTION = """\
 Check that a method emits exactly the tokens of plain decoding, on your own model and prompts.
@@ -57,15 +57,16 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args)
     length = typical_length(model, prompts)
     method = choice.fitted(model, batch_size=args.batch_size, prompt_tokens=length)
-    console = Console(stderr=True)
-    with console.status("decoding") as status:
+    passes = 2 * -(-len(prompts) // args.batch_size)
+    begun = itertools.count()
+    with progress("decoding", passes) as shown:
         report = verify(
             model,
             method,
             prompts,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
-            progress=lambda what: status.update(f"{what} of {len(prompts)}"),
+            progress=lambda what: shown.update(next(begun), description=what),
         )
     if args.json:
         about = {

@@ -168,9 +168,9 @@ def assemble(
     placed = leaf_shardings(declared, mesh)
     values = []
     steps = sum(len(piece.names(config)) for pieces in leaves.values() for piece in pieces)
-    with progress("reading weights", steps) as advance:
+    with progress("reading weights", steps) as shown:
         for (path, weight), sharding in zip(leaf_paths(declared), placed, strict=True):
-            read = _reader(source, leaves[path], dtype, advance)
+            read = _reader(source, leaves[path], dtype, shown.advance)
             values.append(_make_array(weight.shape, sharding, read))
     return jax.tree.unflatten(jax.tree.structure(declared), values)
 

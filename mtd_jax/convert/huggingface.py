@@ -149,10 +149,10 @@ def _write_shards(config: ModelConfig, params: Parameters, out: Path, shard_size
     weight_map: dict[str, str] = {}
     files: list[Path] = []
     names = sum(1 for _ in disassemble(config, params, leaves))
-    with progress("writing weights", names) as advance:
+    with progress("writing weights", names) as shown:
         for shard in _shards(disassemble(config, params, leaves), shard_size):
             file = out / f"model-{len(files) + 1:05d}.safetensors"
-            write_safetensors(file, shard, advance)
+            write_safetensors(file, shard, shown.advance)
             weight_map |= {name: file.name for name, _ in shard}
             files.append(file)
     if len(files) == 1:

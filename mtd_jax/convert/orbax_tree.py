@@ -65,7 +65,7 @@ def restore_tree(
         _check_shapes(directory, _stored(checkpointer, directory), wanted)
         restored: dict[str, jax.Array] = {}
         largest_first = sorted(wanted, key=lambda name: -math.prod(wanted[name].shape))
-        with _cheap_collection(), progress("loading weights", len(wanted)) as advance:
+        with _cheap_collection(), progress("loading weights", len(wanted)) as shown:
             for name in largest_first:
                 item = {name: wanted[name]}
                 args = ocp.args.PyTreeRestore(
@@ -83,7 +83,7 @@ def restore_tree(
                 # Copying to the device goes on in the background and holds the buffer meanwhile.
                 jax.block_until_ready(restored)
                 gc.collect()
-                advance()
+                shown.advance()
     return restored
 
 

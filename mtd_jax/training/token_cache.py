@@ -111,7 +111,7 @@ def _write(entry: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _tokenize(path: Path, tokenizer: Tokenizer | None) -> dict[str, np.ndarray]:
     ids, answers, lengths, lines = [], [], [], []
-    with progress(f"tokenising {path.name}", count_lines(path)) as advance:
+    with progress(f"tokenising {path.name}", count_lines(path)) as shown:
         documents = read_documents(path)
         while chunk := list(itertools.islice(documents, _TOGETHER)):
             for document, tokens in zip(chunk, tokenize(chunk, tokenizer, path), strict=True):
@@ -120,7 +120,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer | None) -> dict[str, np.ndarray]:
                     answers.append(tokens.answer)
                     lengths.append(len(tokens.ids))
                     lines.append(document.line)
-            advance(len(chunk))
+            shown.advance(len(chunk))
     if not ids:
         raise InputError(f"{path} holds no document")
     return {

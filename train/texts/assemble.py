@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import Any, BinaryIO, TypeVar
 
 from mtd_jax.convert.atomic import atomic_directory, check_space
+from mtd_jax.progress import progress
 from mtd_jax.tokenizer import Tokenizer
 from train.texts.documents import Document
 from train.texts.prompts import prompts_of
@@ -24,6 +21,7 @@ from train.texts.sources import Found
 SMALL_CHARACTERS = 4_300_000
 """About 1 M tokens, shared equally by the sources that are there."""
 _SMALL_PROMPTS = 200
+_T = TypeVar("_T")
 ASKED = "instructions"
 """The source, in the manifest, of what is asked beside what the sources give."""
 _LINE = 60
@@ -75,7 +73,7 @@ def build(
     """
     banned = {trace for text in excluded for trace in traces(text)} - {""}
     counts: Counter[str] = Counter()
-    with atomic_directory(out) as work, _bar() as bar:
+    with atomic_directory(out) as work:
         check_space(work, 3_000_000 if size == "small" else 1_200_000_000)
         room = Counter({f.source.name: f.source.prompts for f in found} | {ASKED: 10_000})
         if size == "small":
@@ -83,13 +81,13 @@ def build(
         offered = room.copy()
         spool = work / "spool"
         with spool.open("wb") as file:
-            entries = list(_collected(bar(found, "sources"), file, seed, share, banned, counts))
+            entries = list(_collected(_shown(found, "sources"), file, seed, share, banned, counts))
         chosen = _within_budget(entries, found, size)
         statistics: dict[str, Counter[str]] = {name: Counter() for name in room}
         with spool.open("rb") as file:
             for name, is_held_out in (("held_out", True), ("train", False)):
                 part = [entry for entry in chosen if entry.held_out == is_held_out]
-                documents = _written(work / f"{name}.jsonl", _read(file, bar(part, name)))
+                documents = _written(work / f"{name}.jsonl", _read(file, _shown(part, name)))
                 for document in documents:
                     counter = statistics[document.source]
                     counter[f"{name}_documents"] += 1
@@ -97,7 +95,7 @@ def build(
                     if tokenizer is not None:
                         counter["tokens"] += len(tokenizer.encode(document.content))
             turns = itertools.chain(
-                _turns(_read(file, bar([e for e in chosen if not e.held_out], "prompts")), room),
+                _turns(_read(file, _shown([e for e in chosen if not e.held_out], "prompts")), room),
                 ((ASKED, *pair) for pair in asked),
             )
             held_out = _read(file, (entry for entry in chosen if entry.held_out))
@@ -222,21 +220,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-Shown = Callable[..., Any]
-"""Passes an iterable on, and draws how far it is."""
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Shown]:
-    """A progress bar on a terminal's stderr."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        yield lambda values, name: bar.track(values, total=len(values), description=name)
+def _shown(values: Sequence[_T], name: str) -> Iterator[_T]:
+    """The values, while it is shown how far they are."""
+    with progress(name, len(values)) as bar:
+        for value in values:
+            yield value
+            bar.advance()
