@@ -12,9 +12,13 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+
+from mtd_jax.kernels import few_rows
 
 _CPU_DECODE: dict[str, int | str] = {
-    # One row: LLVM's matrix-vector loops at full AVX-512 width read weights 7 % faster.
+    # Products that `few_rows` does not take. One row: LLVM's matrix-vector loops at full AVX-512
+    # width read weights 7 % faster.
     "xla_cpu_prefer_vector_width": 512,
     # 2-16 rows: Eigen's products are up to 1.35x faster than YNNPACK's on weights stored [in, out].
     "xla_cpu_experimental_ynn_fusion_type": "",
@@ -86,8 +90,10 @@ def relative_step_cost(rows: int) -> float:
     From docs/performance.md for CPUs. An accelerator reads its weights for hundreds of rows in the
     same time; what it pays is mostly attention and the host.
     """
+    if few_rows.takes(rows, jnp.float32):
+        return 1.0 + 0.02 * (rows - 1) + 0.0035 * (rows - 1) ** 2
     if jax.default_backend() == "cpu":
-        return 1.0 + 0.22 * (rows > 1) + 0.05 * (rows - 1)
+        return 1.0 + 0.22 * (rows > 1) + 0.08 * (rows - 1)
     return 1.0 + 0.003 * (rows - 1)
 
 

@@ -14,12 +14,12 @@ from mtd_jax.cli import arguments
 from mtd_jax.cli.arguments import existing_path
 from mtd_jax.cli.session import (
     Choice,
-    cache_directory,
     choose_method,
     open_method,
     open_model,
 )
 from mtd_jax.decoding.method import Method, check
+from mtd_jax.directories import cache_directory
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation.harness import run_tasks
 from mtd_jax.evaluation.text_loss import text_loss, text_rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,14 +21,9 @@ from mtd_jax.decoding.method import Method
 from mtd_jax.decoding.requests import AnyPrompt, as_prompt, encode
 from mtd_jax.decoding.sampling import Sampling
 from mtd_jax.decoding.stopping import StopMatcher
+from mtd_jax.directories import cache_directory
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation import step_cost
-
-
-def cache_directory() -> Path:
-    """`$MTD_CACHE_DIR`, else `$XDG_CACHE_HOME/mtd-jax`, else `~/.cache/mtd-jax`."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("MTD_CACHE_DIR") or str(Path(home) / "mtd-jax"))
 
 
 def use_compilation_cache() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mtd_jax import methods
 from mtd_jax.cli import arguments
-from mtd_jax.cli.session import cache_directory, use_compilation_cache
+from mtd_jax.cli.session import use_compilation_cache
 from mtd_jax.convert.conversions import save_native
 from mtd_jax.convert.fingerprint import fingerprint
 from mtd_jax.convert.heads import save_heads
@@ -22,6 +22,7 @@ from mtd_jax.convert.load import check_weights, load_as_stored, read_description
 from mtd_jax.decoding.draft_vocabulary import VOCABULARY, most_frequent
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import encode, read_prompts
+from mtd_jax.directories import cache_directory
 from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment
 from mtd_jax.parameters import count

@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 
+from mtd_jax.kernels import library
+
 _PACKAGES = ("mtd-jax", "jax", "jaxlib", "flax", "numpy", "transformers")
 
 
 def hardware() -> dict[str, Any]:
-    """Backend, devices, processor and cores."""
+    """Backend, devices, processor and cores; what multiplies a few rows with weights."""
     devices = jax.devices()
     return {
         "backend": jax.default_backend(),
@@ -25,6 +27,7 @@ def hardware() -> dict[str, Any]:
         "devices": len(devices),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "few_rows": library.about(),
     }
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mtd_jax.transformer.linear import contract, precision_of
+from mtd_jax.transformer.linear import contract
 from mtd_jax.transformer.model import Parameters, capped, project
 from mtd_jax.typing import Array, Float
 
@@ -70,6 +70,4 @@ class CPWeights(struct.PyTreeNode):
 
 def _float32(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """A product whose result is a float32 logit, whatever the rows are."""
-    weight = weight.astype(x.dtype)
-    precision = precision_of(x)
-    return jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=jnp.float32)
+    return contract(equation, x, weight.astype(x.dtype), jnp.float32)

@@ -22,7 +22,7 @@ from mtd_jax.parameters import Weight
 from mtd_jax.sharding import constrain
 from mtd_jax.transformer import block, masks
 from mtd_jax.transformer.cache import KVCache
-from mtd_jax.transformer.linear import precision_of, rms_norm
+from mtd_jax.transformer.linear import contract, rms_norm
 from mtd_jax.transformer.stack import Blocks, Rows, Skip, decode_range, rows_at, train_stack
 from mtd_jax.typing import Array, Bool, Float, Int
 
@@ -118,9 +118,7 @@ def project(params: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*ro
         equation, head = "...D,VD->...V", params.embedding
     else:
         equation, head = "...D,DV->...V", params.head
-    logits = jnp.einsum(
-        equation, x, head, precision=precision_of(x), preferred_element_type=jnp.float32
-    )
+    logits = contract(equation, x, head, jnp.float32)
     return capped(params.config, constrain(logits, "batch", *inner, "vocab"))
 
 
