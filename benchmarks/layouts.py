@@ -6,7 +6,8 @@
 Times the layers' four matrix products of SmolLM2-135M (425 MB in float32, no attention, no head),
 one product after the other as in a model, for 1 to 32 rows. All variants and dtypes take turns
 within a round; the best of the rounds is reported, in milliseconds. With --flags what was chosen is
-measured beside itself with each further compiler option.
+measured beside itself with each further compiler option. `few_rows` is the package's own product
+(`mtd_jax/kernels`), up to the number of rows that it is used for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 
 from mtd_jax.evaluation import environment
 from mtd_jax.evaluation.roofline import memory_bandwidth
+from mtd_jax.kernels import few_rows
 
 LAYERS, WIDTH = 30, 576
 MATRICES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
@@ -37,35 +39,38 @@ OPTIONS: Options = {
     "wide vectors, no YNNPACK": {**WIDE, **EIGEN},
 }
 CHOSEN = "one buffer a layer [in, out]"
+KERNEL = f"{CHOSEN}, few_rows"
+Product: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def layer(x: jax.Array, weights: tuple[jax.Array, ...], transposed: bool) -> jax.Array:
+def transposed(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product with a weight that is stored [out, in]."""
+    return x @ weight.T
+
+
+def layer(x: jax.Array, weights: tuple[jax.Array, ...], times: Product) -> jax.Array:
     """The products of one layer, chained so that none can be left out."""
-
-    def times(x: jax.Array, w: jax.Array) -> jax.Array:
-        return x @ w.T if transposed else x @ w
-
     qkv, out, gate_up, down = weights
     x = x + times(times(x, qkv)[:, :WIDTH], out)
     return x + times(jnp.tanh(times(x, gate_up)[:, :1536]), down)
 
 
-def stacked(x: jax.Array, weights: tuple[jax.Array, ...], transposed: bool) -> jax.Array:
+def stacked(x: jax.Array, weights: tuple[jax.Array, ...], times: Product) -> jax.Array:
     """Layers picked out of [L, ...] stacks by a loop's index."""
     return jax.lax.fori_loop(
-        0, LAYERS, lambda i, x: layer(x, tuple(w[i] for w in weights), transposed), x
+        0, LAYERS, lambda i, x: layer(x, tuple(w[i] for w in weights), times), x
     )
 
 
-def unrolled(x: jax.Array, weights: tuple[Any, ...], transposed: bool) -> jax.Array:
+def unrolled(x: jax.Array, weights: tuple[Any, ...], times: Product) -> jax.Array:
     """One buffer a layer, all layers in the program."""
     for one in weights:
-        x = layer(x, one, transposed)
+        x = layer(x, one, times)
     return x
 
 
-def variants(dtype: str) -> dict[str, tuple[Callable[..., jax.Array], Any, bool]]:
-    """Name -> (function, weights, whether they are stored [out, in])."""
+def variants(dtype: str) -> dict[str, tuple[Callable[..., jax.Array], Any, Product]]:
+    """Name -> (function, weights, what multiplies a row with one of them)."""
     keys = jax.random.split(jax.random.key(0), len(MATRICES))
     stacks = tuple(
         jax.random.normal(k, (LAYERS, *shape), dtype) * 0.01
@@ -74,9 +79,10 @@ def variants(dtype: str) -> dict[str, tuple[Callable[..., jax.Array], Any, bool]
     split = tuple(tuple(jnp.copy(w[i]) for w in stacks) for i in range(LAYERS))
     turned = tuple(tuple(jnp.copy(w.T) for w in one) for one in split)
     return {
-        "stacked [in, out]": (stacked, stacks, False),
-        "one buffer a layer [in, out]": (unrolled, split, False),
-        "one buffer a layer [out, in]": (unrolled, turned, True),
+        "stacked [in, out]": (stacked, stacks, jnp.matmul),
+        CHOSEN: (unrolled, split, jnp.matmul),
+        "one buffer a layer [out, in]": (unrolled, turned, transposed),
+        KERNEL: (unrolled, split, few_rows.product),
     }
 
 
@@ -84,14 +90,16 @@ def programs(
     dtype: str, counts: list[int], options: Options
 ) -> Iterator[tuple[dict[str, Any], Any, Any, Any]]:
     """What is measured with its name: compiled function, rows, weights."""
-    for name, (function, weights, transposed) in variants(dtype).items():
+    for name, (function, weights, times) in variants(dtype).items():
         if options is not OPTIONS and name != CHOSEN:
             continue
         for option, flags in options.items():
             for rows in counts:
+                if name == KERNEL and (flags or not few_rows.takes(rows, dtype)):
+                    continue
                 x = jnp.ones((rows, WIDTH), dtype)
                 jitted = jax.jit(function, static_argnums=2, compiler_options=flags)
-                compiled = jitted.lower(x, weights, transposed).compile()
+                compiled = jitted.lower(x, weights, times).compile()
                 label = {"dtype": dtype, "layout": name, "options": option, "rows": rows}
                 yield label, compiled, x, weights
 

@@ -6,12 +6,14 @@ r"""What a verifying step costs by its number of rows, one row being 1.
         --rows 1,8,16,32,64
 
 The engine's own loop is timed: layers, head, masks, verification and commit of a chain. Row counts
-take turns, so that all meet the same machine; a ratio is the median over the rounds.
+take turns, so that all meet the same machine; a ratio is the median over the rounds. On a CPU the
+package's own products of few rows (`mtd_jax/kernels`) take turns with XLA's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -33,6 +35,7 @@ from mtd_jax.decoding.speculative import verify_drafts
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.evaluation import environment
 from mtd_jax.evaluation.plot import plot_step_cost
+from mtd_jax.kernels import few_rows
 from mtd_jax.transformer.model import Parameters
 
 
@@ -40,6 +43,7 @@ class Rows(BaseMethod):
     """A method that verifies the same number of rows in every step, and accepts none."""
 
     rows: int = struct.field(pytree_node=False)
+    kernel: bool = struct.field(pytree_node=False, default=True)
     name: ClassVar[str] = "rows"
     lossless: ClassVar[bool] = True
 
@@ -51,13 +55,14 @@ class Rows(BaseMethod):
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Verifies rows without a draft on them, which costs what wrong drafts cost."""
         drafts = jnp.full((len(state.pending), self.rows - 1), -1, jnp.int32)
-        return verify_drafts(params, state, TokenTree.chain(self.rows - 1), drafts)[0]
+        with contextlib.nullcontext() if self.kernel else few_rows.left_out():
+            return verify_drafts(params, state, TokenTree.chain(self.rows - 1), drafts)[0]
 
 
 def measure(
-    model: mtd.LanguageModel, rows: list[int], batch: int, prompt: int, steps: int, rounds: int
-) -> dict[int, list[float]]:
-    """Milliseconds of a step for each row count, one value a round."""
+    model: mtd.LanguageModel, methods: list[Rows], batch: int, prompt: int, steps: int, rounds: int
+) -> list[list[float]]:
+    """Milliseconds of a step of each, one value a round."""
     requests = Requests(
         budget=jnp.full(batch, 2**30, jnp.int32),
         stop_ids=jnp.full(8, -1, jnp.int32),
@@ -65,29 +70,30 @@ def measure(
     )
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, prompt))
     lengths = np.full(batch, prompt, np.int32)
-    states: dict[int, Any] = {}
-    found: dict[int, list[float]] = {count: [] for count in rows}
+    found: list[list[float]] = [[] for _ in methods]
     # The same cache for all, whatever their rows: what differs is the rows alone.
-    capacity = engine.prompt_capacity(model.params, Rows(max(rows)), prompt + steps)
-    for count in rows:
-        states[count], _ = engine.start(
-            Rows(count),
+    most = max(methods, key=lambda method: method.rows)
+    capacity = engine.prompt_capacity(model.params, most, prompt + steps)
+    states: list[Any] = []
+    for method in methods:
+        state, _ = engine.start(
+            method,
             model.params,
             jnp.asarray(tokens, jnp.int32),
             jnp.asarray(lengths),
             requests,
             capacity,
         )
+        states.append(state)
     for number in range(rounds + 1):  # the first one compiles
-        for count in rows:
-            state = states[count]
-            state = state.replace(cache=state.cache.replace(length=jnp.asarray(lengths)))
+        for i, method in enumerate(methods):
+            state = states[i].replace(cache=states[i].cache.replace(length=jnp.asarray(lengths)))
             jax.block_until_ready(state)
             began = time.perf_counter()
-            states[count], output = engine.run(Rows(count), model.params, state, steps)
+            states[i], output = engine.run(method, model.params, state, steps)
             jax.block_until_ready(output)
             if number:
-                found[count].append(1e3 * (time.perf_counter() - began) / steps)
+                found[i].append(1e3 * (time.perf_counter() - began) / steps)
     return found
 
 
@@ -105,21 +111,26 @@ def main() -> None:
     args = parser.parse_args()
     model, name = given_model(args)
     batch, prompt = args.batch_size, args.prompt_tokens
-    found = measure(model, args.rows, batch, prompt, args.steps, args.rounds)
-    base = found[args.rows[0]]
-    rows = []
-    for count, times in found.items():
+    kinds = [True, False] if few_rows.takes(1, model.params.embedding.dtype) else [False]
+    methods = [Rows(count, kernel) for count in args.rows for kernel in kinds]
+    found = measure(model, methods, batch, prompt, args.steps, args.rounds)
+    rows: list[dict[str, Any]] = []
+    for method, times in zip(methods, found, strict=True):
+        base = found[kinds.index(method.kernel)]  # the first number of rows, by the same products
         ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
+        products = "few_rows" if method.kernel else "xla"
         rows.append(
             {
-                "rows": count,
+                "products": products,
+                "rows": method.rows,
                 "ms": round(statistics.median(times), 3),
                 "best_ms": round(min(times), 3),
                 "ratio": round(ratio, 3),
                 "best_ratio": round(min(times) / min(base), 3),
             }
         )
-        print(f"{count:3} rows: {statistics.median(times):7.2f} ms, {ratio:.2f}x", flush=True)
+        shown = f"{products:8} {method.rows:3} rows: {statistics.median(times):7.2f} ms"
+        print(f"{shown}, {ratio:.2f}x", flush=True)
     report = {
         "hardware": environment.hardware(),
         "versions": environment.versions(),
@@ -134,8 +145,11 @@ def main() -> None:
         args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if args.plot is not None:
         backend = report["hardware"]["backend"].upper()
-        curve = {int(row["rows"]): row["ratio"] for row in rows}
-        plot_step_cost({f"{name}, {report['dtype']}, {backend}": curve}, args.plot)
+        curves: dict[str, dict[int, float]] = {}
+        for row in rows:
+            label = f"{name}, {report['dtype']}, {backend}, {row['products']}"
+            curves.setdefault(label, {})[row["rows"]] = row["ratio"]
+        plot_step_cost(curves, args.plot)
 
 
 if __name__ == "__main__":
