@@ -55,8 +55,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-dmtd-quality": training.cycles_quality,
     "cpu-dmtd-places": training.cycles_places,
     "cpu-dmtd-samples": training.samples,
-    "cpu-verify-cost": partial(speed.verify_cost, "cpu-verify-cost"),
-    "cpu-verify-cost-slow": partial(speed.verify_cost, "cpu-verify-cost-slow"),
+    "cpu-verify-cost": speed.verify_cost,
     "pods": pods.pods,
     "pods-decoding": pods.pods_decoding,
 }

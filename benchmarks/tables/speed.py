@@ -12,13 +12,14 @@ def layouts(name: str) -> str:
     """Milliseconds by dtype, layout, options and rows."""
     result = result_of(name)
     counts = sorted({row["rows"] for row in result["rows"]})
-    lines: dict[tuple[str, ...], list[str]] = {}
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
     for row in result["rows"]:
         # Results from before there was a choice do not say it.
         key = (row.get("dtype", "float32"), row["layout"], row["options"])
-        lines.setdefault(key, []).append(f"{row['ms']:.1f}")
+        lines.setdefault(key, {})[row["rows"]] = f"{row['ms']:.1f}"
     head = ["dtype", "layout", "options", *(f"{n} row{'s' if n > 1 else ''}" for n in counts)]
-    return table(head, ([*key, *cells] for key, cells in lines.items()))
+    cells = ([*key, *(found.get(n, "-") for n in counts)] for key, found in lines.items())
+    return table(head, cells)
 
 
 def peers() -> str:
@@ -127,16 +128,16 @@ def _speedup(row: dict[str, Any]) -> str:
     return speedup_text(row["speedup_vs_ar"], row.get("speedup_range"))
 
 
-def verify_cost(name: str) -> str:
-    """A verifying step by its rows."""
-    rows = result_of(name)["rows"]
-    return table(
-        ["rows", *(str(row["rows"]) for row in rows)],
-        [
-            ["ms", *(f"{row['ms']:.1f}" for row in rows)],
-            ["times one row", *(f"{row['ratio']:.2f}x" for row in rows)],
-        ],
-    )
+def verify_cost() -> str:
+    """A verifying step by its rows and by what multiplies them."""
+    found = result_of("cpu-verify-cost")["rows"]
+    counts = sorted({row["rows"] for row in found})
+    lines = []
+    for products in ("few_rows", "xla"):
+        rows = {row["rows"]: row for row in found if row["products"] == products}
+        lines.append([products, "ms", *(f"{rows[n]['ms']:.1f}" for n in counts)])
+        lines.append(["", "times one row", *(f"{rows[n]['ratio']:.2f}x" for n in counts)])
+    return table(["products", "rows", *map(str, counts)], lines)
 
 
 def lossless() -> str:

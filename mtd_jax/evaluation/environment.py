@@ -47,7 +47,7 @@ def provenance() -> dict[str, str | None]:
     words = [program.name] if program.suffix != ".py" else ["python", str(program)]
     if program.name == "__main__.py":  # python -m mtd_jax.cli
         words = ["mtd"]
-    elif program.is_relative_to(root):  # python -m benchmarks.cp_ranks
+    elif program.suffix == ".py" and program.is_relative_to(root):  # python -m benchmarks.cp_ranks
         words = ["python", "-m", ".".join(program.relative_to(root).with_suffix("").parts)]
     return {"command": shlex.join([*words, *sys.argv[1:]]), "commit": commit}
 

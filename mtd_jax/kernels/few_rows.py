@@ -11,9 +11,11 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from mtd_jax.kernels import library
 from mtd_jax.typing import Array, Float
@@ -64,14 +66,22 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return result
 
 
-@_product.defjvp
 def _product_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """XLA's products for the tangents, which it can transpose."""
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]
+) -> tuple[jax.Array, Any]:
+    """XLA's products for the tangents, which it can transpose; none for what does not change."""
     (x, weight), (dx, dweight) = primals, tangents
     matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    return _product(x, weight), matmul(dx, weight) + matmul(x, dweight)
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(matmul(dx, weight))
+    if not isinstance(dweight, SymbolicZero):
+        terms.append(matmul(x, dweight))
+    found = _product(x, weight)
+    return found, sum(terms, jnp.zeros_like(found))
+
+
+_product.defjvp(_product_jvp, symbolic_zeros=True)
 
 
 @functools.cache
