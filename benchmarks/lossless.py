@@ -32,6 +32,7 @@ METHODS = (
     "medusa:tree=2x2x1",
     "hidden_transfer:tree=2x2x1",
     "cp:tree=2x2x1",
+    "hydra:tree=2x2x1:copy=true",
 )
 """As in `mtd bench --methods`: `auto` where it drafts on CPUs, else drafts in every step."""
 

@@ -99,12 +99,21 @@ def best_size(
       available: drafts that each row has, or may emit.
       weight: what a token of each row counts (`urgency`).
     """
+    return _best(1.0 + hoped_of_chains(sizes, chances, available), costs, weight)
+
+
+def hoped_of_chains(
+    sizes: tuple[int, ...], chances: Float[Array, "B drafts"], available: Int[Array, " B"]
+) -> Float[Array, "sizes B"]:
+    """Drafts of a chain that are expected to be kept, by the rows of the pass that verifies it.
+
+    The arguments are those of `best_size`.
+    """
     drafts = jnp.asarray([size - 1 for size in sizes], jnp.int32)
     place = jnp.arange(chances.shape[1], dtype=jnp.int32)[None, :]
     accepted = jnp.cumprod(jnp.where(place < available[:, None], chances, 0.0), axis=1)
     used = place[None] < drafts[:, None, None]
-    tokens = 1.0 + jnp.sum(jnp.where(used, accepted[None], 0.0), axis=-1)
-    return _best(tokens, costs, weight)
+    return jnp.sum(jnp.where(used, accepted[None], 0.0), axis=-1)
 
 
 class Yields(struct.PyTreeNode):
@@ -138,23 +147,20 @@ class Yields(struct.PyTreeNode):
 
 
 def best_tree_index(
-    expected: Float[Array, " trees"],
+    hoped: Float[Array, "trees B"],
     costs: Float[Array, " trees"],
-    ratio: Float[Array, " B"],
     weight: Float[Array, " B"],
     wanted: Int[Array, " B"],
 ) -> Int[Array, ""]:
     """Index of the tree that emits most tokens a second; of equals the first.
 
     Args:
-      expected: drafts of each tree that are accepted on average (`TokenTree.expected_tokens` - 1).
+      hoped: drafts of each tree that are expected to be accepted.
       costs: seconds of a step with it, in any unit.
-      ratio: accepted drafts for each expected one (`Yields.ratio`).
       weight: what a token of each row counts (`urgency`).
       wanted: tokens that each row may still emit.
     """
-    tokens = 1.0 + expected[:, None] * ratio[None, :]
-    tokens = jnp.minimum(tokens, wanted.astype(jnp.float32)[None, :])
+    tokens = jnp.minimum(1.0 + hoped, wanted.astype(jnp.float32)[None, :])
     return _best(tokens, costs, weight)
 
 

@@ -19,6 +19,7 @@ from mtd_jax.decoding.tree import MAX_NODES, TokenTree
 from mtd_jax.errors import InputError, unknown_name
 from mtd_jax.methods import cp_drafting as _cp
 from mtd_jax.methods import hidden_transfer as _hidden_transfer
+from mtd_jax.methods import hydra as _hydra
 from mtd_jax.methods import independent_heads as _independent
 from mtd_jax.methods import medusa as _medusa
 from mtd_jax.methods.autoregressive import Autoregressive
@@ -154,7 +155,9 @@ def dmtd(
     return DMTD(cycle=cycle, early=early, late=late, anchor=anchor, lossless=lossless)
 
 
-def medusa(heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact") -> _medusa.Medusa:
+def medusa(
+    heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact", copy: bool = False
+) -> _medusa.Medusa:
     """Heads that guess the tokens behind the next one (`medusa`).
 
     Args:
@@ -163,9 +166,18 @@ def medusa(heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact") -
         pays, by how often the heads were right on held-out texts; `auto`: the same, and a chain of
         the length that pays where nothing was measured.
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
+      copy: where the text repeats itself, drafts are copied from it as `ngram` does.
     """
     spec = spec_of(heads, _medusa.MedusaSpec)
-    return _medusa.make(spec, heads, tree=tree, acceptance=acceptance)
+    return _medusa.make(spec, heads, tree=tree, acceptance=acceptance, copy=copy)
+
+
+def hydra(
+    heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact", copy: bool = False
+) -> _hydra.Hydra:
+    """Medusa's heads, told the tokens in front of theirs (`hydra`); arguments as for `medusa`."""
+    spec = spec_of(heads, _hydra.HydraSpec)
+    return _hydra.make(spec, heads, tree=tree, acceptance=acceptance, copy=copy)
 
 
 def hidden_transfer(
@@ -173,6 +185,7 @@ def hidden_transfer(
     tree: str = "auto",
     pseudo: _hidden_transfer.Schedule = "accepted",
     acceptance: Acceptance = "exact",
+    copy: bool = False,
 ) -> _hidden_transfer.HiddenTransfer:
     """Rows of tokens to come, made half way up the layers (`hidden_transfer`).
 
@@ -182,12 +195,17 @@ def hidden_transfer(
       pseudo: `all`: every node of a tree carries its pseudo rows through the pass that verifies it;
         `accepted`: those of the last node that was kept pass the upper layers afterwards.
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
+      copy: as for `medusa`.
     """
     spec = spec_of(heads, HiddenTransferSpec)
-    return _hidden_transfer.make(spec, heads, tree=tree, pseudo=pseudo, acceptance=acceptance)
+    return _hidden_transfer.make(
+        spec, heads, tree=tree, pseudo=pseudo, acceptance=acceptance, copy=copy
+    )
 
 
-def cp(heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact") -> _cp.CP:
+def cp(
+    heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact", copy: bool = False
+) -> _cp.CP:
     """Heads that foretell the next tokens jointly, as a mixture (`cp`).
 
     Args:
@@ -197,13 +215,14 @@ def cp(heads: Heads, tree: str = "auto", acceptance: _cp.Acceptance = "exact") -
       acceptance: `exact`: drafts are kept where the model draws the same; `rejection`: drafts
         are drawn from the mixture, siblings without replacement, each kept with probability
         min(1, p / q), lossless too; `typical`: what is likely enough (lossy).
+      copy: as for `medusa`; not with `rejection`.
     """
     spec = spec_of(heads, CPSpec)
-    return _cp.make(spec, heads, tree=tree, acceptance=acceptance)
+    return _cp.make(spec, heads, tree=tree, acceptance=acceptance, copy=copy)
 
 
 def independent_heads(
-    heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact"
+    heads: Heads, tree: str = "auto", acceptance: Acceptance = "exact", copy: bool = False
 ) -> _independent.IndependentHeads:
     """Layers beside the last one that guess the tokens behind the next (`independent_heads`).
 
@@ -211,9 +230,10 @@ def independent_heads(
       heads: from `load_heads`.
       tree: as for `medusa`.
       acceptance: `exact`, or `typical`, which keeps what is likely enough (lossy).
+      copy: as for `medusa`.
     """
     spec = spec_of(heads, IndependentHeadsSpec)
-    return _independent.make(spec, heads, tree=tree, acceptance=acceptance)
+    return _independent.make(spec, heads, tree=tree, acceptance=acceptance, copy=copy)
 
 
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
@@ -226,6 +246,7 @@ METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
         PromptLookup.name: prompt_lookup,
         SelfSpeculative.name: self_speculative,
         _medusa.MedusaSpec.name: medusa,
+        _hydra.HydraSpec.name: hydra,
         HiddenTransferSpec.name: hidden_transfer,
     }
 )
@@ -234,6 +255,7 @@ SPECS: Mapping[str, type[HeadsSpec]] = MappingProxyType(
         CPSpec.name: CPSpec,
         IndependentHeadsSpec.name: IndependentHeadsSpec,
         _medusa.MedusaSpec.name: _medusa.MedusaSpec,
+        _hydra.HydraSpec.name: _hydra.HydraSpec,
         HiddenTransferSpec.name: HiddenTransferSpec,
     }
 )

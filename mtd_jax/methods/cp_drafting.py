@@ -29,17 +29,18 @@ from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.row_trees import AnyTree, RowTrees
 from mtd_jax.decoding.sampling import SamplingRows, candidates, log_probabilities
-from mtd_jax.decoding.speculative import verify_drafts, verify_draws
+from mtd_jax.decoding.speculative import verify_draws
 from mtd_jax.decoding.tree import TokenTree
 from mtd_jax.errors import InputError
 from mtd_jax.methods import cp_mixture
+from mtd_jax.methods.copies import Copies
 from mtd_jax.methods.cp_beam import likeliest_paths
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.cp_weights import CPWeights
 from mtd_jax.methods.drafting import Known, TreeDrafting, choose_trees
 from mtd_jax.parameters import size_in_bytes
 from mtd_jax.transformer.model import Parameters, normed
-from mtd_jax.typing import Array, Float, Int
+from mtd_jax.typing import Array, Bool, Float, Int
 
 Acceptance: TypeAlias = Literal["exact", "rejection", "typical"]
 
@@ -84,30 +85,33 @@ class CP(TreeDrafting):
         tables = self.weights.first(1).log_p(params, e)[..., 0, :]
         return cp_mixture.mixed(self.weights.log_w(e), tables)
 
-    def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
-        """Drafts behind the pending token, and verifies them."""
+    def verified(
+        self,
+        params: Parameters,
+        state: DecodeState,
+        tree: TokenTree,
+        copies: Copies | None,
+        copying: Bool[Array, " B"],
+    ) -> DecodeState:
+        """Drafts that were drawn are tested against what they were drawn from."""
+        if not self.drawn or tree.size == 1:
+            return super().verified(params, state, tree, copies, copying)
         known: Known = state.extra
-        if tree.size == 1:
-            nothing = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
-            state, seen = verify_drafts(params, state, tree, nothing, output=self.output)
-            return state.replace(extra=known.replace(row=seen.last_row))
-        if self.drawn:
-            drafts, log_q = self.drafts(params, known.row, state, tree)
-            many = jnp.full_like(state.pending, tree.max_depth)
-            state, seen = verify_draws(
-                params, state, drafts, many, log_q, tree=tree, output=self.output
-            )
-        else:
-            shaped: AnyTree = tree
-            if tree.is_chain:
-                drafts, _ = self.drafts(params, known.row, state, tree)
-            else:
-                shaped, drafts = self.likeliest(params, known.row, state, tree)
-            rule = self.acceptance
-            state, seen = verify_drafts(
-                params, state, shaped, drafts, acceptance=rule, output=self.output
-            )
+        drafts, log_q = self.drafts(params, known.row, state, tree)
+        many = jnp.full_like(state.pending, tree.max_depth)
+        state, seen = verify_draws(
+            params, state, drafts, many, log_q, tree=tree, output=self.output
+        )
         return state.replace(extra=known.replace(row=seen.last_row))
+
+    def proposed(
+        self, params: Parameters, state: DecodeState, tree: TokenTree
+    ) -> tuple[AnyTree, Int[Array, "B drafts"]]:
+        """The chain of the likeliest tokens, or the likeliest paths."""
+        row: jax.Array = state.extra.row
+        if tree.is_chain:
+            return tree, self.drafts(params, row, state, tree)[0]
+        return self.likeliest(params, row, state, tree)
 
     def drafts(
         self, params: Parameters, row: Float[Array, "B D"], state: DecodeState, tree: TokenTree
@@ -181,16 +185,19 @@ def make(
     *,
     tree: str = "auto",
     acceptance: Acceptance = "exact",
+    copy: bool = False,
 ) -> CP:
     """The method with these heads; `methods.cp` says what the options mean.
 
     Raises:
-      InputError: as for `choose_trees`.
+      InputError: as for `choose_trees`; copies cannot be drawn.
     """
+    if copy and acceptance == "rejection":
+        raise InputError("copy does not go with acceptance=rejection: copies are not drawn")
     trees = choose_trees(tree, spec.depth, heads.accuracies)
     steps = 1 + max(t.max_depth for t in trees.trees)
     return CP(
-        **trees.fields("typical" if acceptance == "typical" else "exact"),
+        **trees.fields("typical" if acceptance == "typical" else "exact", copy),
         weights=heads.weights.first(steps),
         vocabulary=heads.vocabulary,
         drawn=acceptance == "rejection",

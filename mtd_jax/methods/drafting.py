@@ -21,12 +21,15 @@ from mtd_jax.decoding.adaptive import Yields, best_tree_index, urgency
 from mtd_jax.decoding.base_method import BaseMethod
 from mtd_jax.decoding.method import DecodeState, Extend, Requests
 from mtd_jax.decoding.prompt import read_prompt
+from mtd_jax.decoding.row_trees import AnyTree, in_rows
 from mtd_jax.decoding.speculative import Acceptance, in_place_switch, verify_drafts
 from mtd_jax.decoding.tree import TokenTree, build_tree
 from mtd_jax.errors import InputError
+from mtd_jax.methods.copies import Copies, copier_of
+from mtd_jax.methods.ngram import NGram
 from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.model import Parameters, extend
-from mtd_jax.typing import Array, Float, Int, Leaf
+from mtd_jax.typing import Array, Bool, Float, Int, Leaf
 
 # Medusa on Vicuna 7B (arXiv 2401.10774): what a chain may hope for before anybody has measured.
 _PUBLISHED = (0.56, 0.316, 0.201, 0.147, 0.118)
@@ -45,8 +48,8 @@ class Trees(NamedTuple):
         """Places that heads are needed for; 1 where there are no drafts."""
         return max(1, *(tree.max_depth for tree in self.trees))
 
-    def fields(self, acceptance: Acceptance) -> dict[str, Any]:
-        """Those of `TreeDrafting`."""
+    def fields(self, acceptance: Acceptance, copy: bool = False) -> dict[str, Any]:
+        """Those of `TreeDrafting`; with `copy` drafts may be copied from the text as well."""
         costs, expected = jnp.asarray(self.costs), jnp.asarray(self.expected)
         return {
             "costs": costs,
@@ -54,6 +57,7 @@ class Trees(NamedTuple):
             "trees": self.trees,
             "acceptance": acceptance,
             "auto": self.auto,
+            "copier": copier_of(tuple(tree.size for tree in self.trees)) if copy else None,
         }
 
 
@@ -63,6 +67,8 @@ class Known(struct.PyTreeNode):
     row: Leaf
     """[B, W]: what `extend` put out at the token before the pending one."""
     yields: Yields
+    rates: Any
+    """`AcceptanceRates`: how often copies are right; None where nothing is copied."""
 
 
 class Guessed(Known):
@@ -84,6 +90,8 @@ class TreeDrafting(BaseMethod):
     acceptance: Acceptance = struct.field(pytree_node=False)
     auto: bool = struct.field(pytree_node=False)
     """Whether `costs` are to be measured and the tree follows from them."""
+    copier: NGram | None
+    """What finds drafts in the text, beside those of the heads."""
 
     @property
     def lossless(self) -> bool:
@@ -107,8 +115,8 @@ class TreeDrafting(BaseMethod):
 
     @property
     def max_emit(self) -> int:
-        """All drafts of a path and the bonus token."""
-        return self.depth + 1
+        """All drafts of a path and the bonus token; copies form chains of all of a step's rows."""
+        return self.depth + 1 if self.copier is None else self.sizes[-1]
 
     @property
     def rows_per_step(self) -> int:
@@ -116,8 +124,64 @@ class TreeDrafting(BaseMethod):
         return self.sizes[-1]
 
     @abc.abstractmethod
-    def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
+    def proposed(
+        self, params: Parameters, state: DecodeState, tree: TokenTree
+    ) -> tuple[AnyTree, Int[Array, "B drafts"]]:
+        """What the heads draft behind the pending token: as many drafts as `tree` has; -1 is none.
+
+        They hang on `tree`, or on trees of the rows' own, no deeper than that.
+        """
+
+    def walk(self, tree: TokenTree | None) -> Extend:
+        """How the rows of a tree (None: of a prompt) pass the layers."""
+        return extend
+
+    def verified(
+        self,
+        params: Parameters,
+        state: DecodeState,
+        tree: TokenTree,
+        copies: Copies | None,
+        copying: Bool[Array, " B"],
+    ) -> DecodeState:
         """The state behind a pass over this tree; `Known.row` is what the newest token is from."""
+        shaped: AnyTree = tree
+        if tree.size == 1:
+            drafts = jnp.zeros((state.pending.shape[0], 0), jnp.int32)
+        elif copies is None:
+            shaped, drafts = self.proposed(params, state, tree)
+        else:
+            shaped, drafts = self._mixed(params, state, tree, copies, copying)
+        state, seen = verify_drafts(
+            params,
+            state,
+            shaped,
+            drafts,
+            acceptance=self.acceptance,
+            extend=self.walk(tree),
+            output=self.output,
+        )
+        return state.replace(extra=state.extra.replace(row=seen.last_row))
+
+    def _mixed(
+        self,
+        params: Parameters,
+        state: DecodeState,
+        tree: TokenTree,
+        copies: Copies,
+        copying: Bool[Array, " B"],
+    ) -> tuple[AnyTree, Int[Array, "B drafts"]]:
+        """Copies in the rows that copy; if all do, the heads are not asked."""
+
+        def asked() -> tuple[AnyTree, Int[Array, "B drafts"]]:
+            shaped, drafts = self.proposed(params, state, tree)
+            return copies.in_place_of(shaped, drafts, copying)
+
+        def copied() -> tuple[AnyTree, Int[Array, "B drafts"]]:
+            nothing = jnp.full((len(copying), tree.size - 1), -1, jnp.int32)
+            return copies.in_place_of(in_rows(tree), nothing, copying)
+
+        return jax.lax.cond(jnp.any(state.active & ~copying), asked, copied)
 
     def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Drafts for the next step; here none, for methods that draft when they verify."""
@@ -131,26 +195,45 @@ class TreeDrafting(BaseMethod):
         requests: Requests,
     ) -> Known:
         """The prompt's last row, before anything is known."""
-        return Known(row=last, yields=Yields.empty(last.shape[0]))
+        batch = last.shape[0]
+        rates = None if self.copier is None else self.copier.rates(batch)
+        return Known(row=last, yields=Yields.empty(batch), rates=rates)
 
     def step(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Verifies the tree that pays and drafts from the last token that was kept."""
         before: Known = state.extra
-        index = self.choice(before.yields, state)
+        copies = None
+        if self.copier is not None:
+            copies = Copies.found(self.copier, before.rates, state, self.sizes)
+        guessed = self.hoped(before.yields)
+        hoped = guessed if copies is None else jnp.maximum(guessed, copies.hoped)
+        index = self.choice(hoped, state)
+        copying = hoped[index] > guessed[index]
 
-        passes = [functools.partial(self.verified, params, tree=tree) for tree in self.trees]
+        passes = [
+            functools.partial(self.verified, params, tree=tree, copies=copies, copying=copying)
+            for tree in self.trees
+        ]
         state = in_place_switch(index, passes, state)
         accepted = jnp.maximum(state.emitted_count - 1, 0)
-        hoped = jnp.where(state.drafted > 0, self.expected[index], 0.0)
-        yields = before.yields.after(accepted, hoped)
-        state = state.replace(extra=state.extra.replace(yields=yields))
-        return self.drafted(params, state)
+        by_heads = (state.drafted > 0) & ~copying
+        expected = jnp.where(by_heads, self.expected[index], 0.0)
+        yields = before.yields.after(jnp.where(by_heads, accepted, 0), expected)
+        extra = state.extra.replace(yields=yields)
+        if copies is not None:
+            rates = copies.after(before.rates, state.drafted, accepted, copying)
+            extra = extra.replace(rates=rates)
+        return self.drafted(params, state.replace(extra=extra))
 
-    def choice(self, yields: Yields, state: DecodeState) -> Int[Array, ""]:
+    def hoped(self, yields: Yields) -> Float[Array, "trees B"]:
+        """Drafts of the heads on each of `trees` that are expected to be accepted."""
+        expected: jax.Array = self.expected
+        return expected[:, None] * yields.ratio()[None, :]
+
+    def choice(self, hoped: Float[Array, "trees B"], state: DecodeState) -> Int[Array, ""]:
         """Which of `trees` pays for the rows that are active."""
         wanted = state.requests.budget
-        weight = urgency(state.active, wanted)
-        return best_tree_index(self.expected, self.costs, yields.ratio(), weight, wanted)
+        return best_tree_index(hoped, self.costs, urgency(state.active, wanted), wanted)
 
 
 class RowDrafting(TreeDrafting):
@@ -168,10 +251,6 @@ class RowDrafting(TreeDrafting):
         Args:
           row: what `extend` put out there; its keys and values are the last ones of the `cache`.
         """
-
-    def walk(self, tree: TokenTree | None) -> Extend:
-        """How the rows of a tree (None: of a prompt) pass the layers."""
-        return extend
 
     def width(self, config: ModelConfig) -> int:
         """W: of the rows that `walk` puts out, the last layer's output first."""
@@ -204,15 +283,14 @@ class RowDrafting(TreeDrafting):
         """What follows the first token, guessed from the prompt's last row."""
         known = super().kept(params, last, cache, requests)
         guesses = self._guessed(params, last, cache)
-        return Guessed(row=known.row, yields=known.yields, guesses=guesses)
+        return Guessed(known.row, known.yields, known.rates, guesses=guesses)
 
-    def verified(self, params: Parameters, state: DecodeState, tree: TokenTree) -> DecodeState:
+    def proposed(
+        self, params: Parameters, state: DecodeState, tree: TokenTree
+    ) -> tuple[AnyTree, Int[Array, "B drafts"]]:
         """The guesses of the step before, on the tree."""
         known: Guessed = state.extra
-        drafts = known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
-        rule, extend = self.acceptance, self.walk(tree)
-        state, seen = verify_drafts(params, state, tree, drafts, acceptance=rule, extend=extend)
-        return state.replace(extra=known.replace(row=seen.last_row))
+        return tree, known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
 
     def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
         """Guesses from the row that the newest token was drawn from."""
@@ -220,7 +298,7 @@ class RowDrafting(TreeDrafting):
         wanted = jnp.bool(self.depth > 0)
         if self.sizes[0] == 1 and len(self.sizes) > 1:
             # Guesses for a step that verifies none would be made for nothing.
-            wanted = self.choice(known.yields, state) > 0
+            wanted = self.choice(self.hoped(known.yields), state) > 0
             guesses = jax.lax.cond(
                 wanted,
                 lambda: self._guessed(params, known.row, state.cache),

@@ -194,11 +194,12 @@ def make(
     tree: str = "auto",
     pseudo: Schedule = "accepted",
     acceptance: Acceptance = "exact",
+    copy: bool = False,
 ) -> HiddenTransfer:
     """The method with these heads; `methods.hidden_transfer` says what the options mean."""
     trees = choose_trees(tree, spec.depth, heads.accuracies)
     return HiddenTransfer(
-        **trees.fields(acceptance),
+        **trees.fields(acceptance, copy),
         weights=heads.weights.first(trees.depth),
         vocabulary=heads.vocabulary,
         spec=spec,

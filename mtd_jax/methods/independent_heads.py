@@ -210,11 +210,12 @@ def make(
     *,
     tree: str = "auto",
     acceptance: Acceptance = "exact",
+    copy: bool = False,
 ) -> IndependentHeads:
     """The method with these heads; `methods.independent_heads` says what the options mean."""
     trees = choose_trees(tree, spec.depth, heads.accuracies)
     return IndependentHeads(
-        **trees.fields(acceptance),
+        **trees.fields(acceptance, copy),
         heads=block.unstack(heads.weights)[: trees.depth],
         vocabulary=heads.vocabulary,
     )

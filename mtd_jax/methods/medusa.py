@@ -169,11 +169,12 @@ def make(
     *,
     tree: str = "auto",
     acceptance: Acceptance = "exact",
+    copy: bool = False,
 ) -> Medusa:
     """The method with these heads; `methods.medusa` says what the options mean."""
     trees = choose_trees(tree, spec.depth, heads.accuracies)
     return Medusa(
-        **trees.fields(acceptance),
+        **trees.fields(acceptance, copy),
         weights=heads.weights.first(trees.depth),
         vocabulary=heads.vocabulary,
     )

@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt_lookup": {"drafts": 3},
     "self_speculative": {"skip_attention": "1", "drafts": 3},
     "medusa": {"tree": "chain"},
+    "hydra": {"tree": "chain"},
     "hidden_transfer": {"tree": "chain"},
     "cp": {"tree": "2x1"},  # no chain: on the likeliest paths
     "independent_heads": {"tree": "chain"},
@@ -41,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 PROMPTS = [[3, 4, 5, 6, 3, 4, 5, 6, 3], [7] * 6, [50, 40, 50, 40, 50], [11]]
 _BUDGET = 12
+_COPIES = ("ngram", "prompt_lookup")
 _TREE: dict[str, dict[str, Any]] = {"ngram": {"drafts": "auto", "branches": "2x1"}}
 
 
@@ -113,6 +115,11 @@ def trees(name: str) -> None:
     _as_plain(_made(name, changes=_TREE.get(name, {"tree": "2x1"})))
 
 
+def copies(name: str) -> None:
+    """Drafts from the text beside those of heads."""
+    _as_plain(_made(name, changes={} if name in _COPIES else {"copy": True}))
+
+
 def typical(name: str) -> None:
     """Lossy acceptance, marked so."""
     method = _made(name, changes={"acceptance": "typical"})
@@ -158,6 +165,7 @@ FEATURES: dict[str, Callable[[str], None]] = {
     "ragged batches": batches,
     "streaming": streaming,
     "trees": trees,
+    "copies": copies,
     "typical acceptance": typical,
     "sliding windows": windows,
     "bfloat16": bfloat16,

@@ -161,8 +161,8 @@ def test_the_tree_that_pays() -> None:
 
     def chosen(ratio: list[float], weight: jax.Array = two, left: int = 100) -> int:
         wanted = jnp.asarray([left, left], jnp.int32)
-        ratios = jnp.asarray(ratio, jnp.float32)
-        return int(best_tree_index(expected, costs, ratios, weight, wanted))
+        hoped = expected[:, None] * jnp.asarray(ratio, jnp.float32)[None, :]
+        return int(best_tree_index(hoped, costs, weight, wanted))
 
     # Costs over one row count a fourth more.
     assert chosen([1.0, 1.0]) == 1  # 2 / 1.625 a second, against 1 and 2.5 / 3.5

@@ -91,7 +91,7 @@ def _compare(trained: Any, ours: Tokenizer, text: str) -> None:
 @pytest.mark.parametrize("text", [*TEXT, "the therefore", "a\n\nb"])
 def test_ids_are_those_of_transformers(keys: dict[str, Any], ours: Tokenizer, text: str) -> None:
     from transformers import LlamaTokenizerFast
-    from transformers.convert_slow_tokenizer import generate_merges
+    from transformers.tokenization_utils_base import generate_merges
 
     tokens = keys["tokenizer.ggml.tokens"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
