@@ -1,6 +1,7 @@
-"""Training of Medusa heads from start to finish on one page.
+"""Training of Medusa heads from start to finish on one page; or of Hydra's, which are told more.
 
     python -m train.medusa --model models/smollm2-135m-instruct --data answers.jsonl --out heads
+    python -m train.medusa --method hydra --model ... --data ... --out ...
 
 The base stays as it is: it makes the rows that the heads read, and nothing of it is stored for a
 backward pass. `mtd train configs/medusa/smollm2-135m.toml` runs the very same step; around it, it
@@ -19,9 +20,10 @@ def main() -> None:
     """Trains for a number of steps and writes the heads."""
     parser = make_parser(__doc__)
     parser.add_argument("--heads", type=int, default=3, metavar="K", help="places to guess")
+    parser.add_argument("--method", choices=["medusa", "hydra"], default="medusa")
     args = parser.parse_args()
     options = {"count": args.heads}
-    config = make_config(args, learning_rate=1e-3, method="medusa", options=options)
+    config = make_config(args, learning_rate=1e-3, method=args.method, options=options)
     # The heads are what is differentiated; the model is an argument like the batch.
     for last in trained(config):
         measured = {name: float(value) for name, value in last.measured.items()}
@@ -33,7 +35,7 @@ def main() -> None:
     record = {"steps": args.steps}
     done = last.objective.heads(last.state.trainable, last.model.fingerprint, record)
     save_heads(done, args.out, dtype="bfloat16")
-    print(f"decode with --method medusa --heads {args.out}")
+    print(f"decode with --method {args.method} --heads {args.out}")
 
 
 if __name__ == "__main__":

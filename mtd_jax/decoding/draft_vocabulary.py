@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mtd_jax.config import ModelConfig
 from mtd_jax.errors import InputError
 from mtd_jax.transformer.model import Parameters, project
 from mtd_jax.typing import Array, Float, Int, Leaf
@@ -60,6 +61,17 @@ def check_count(count: int, loss: str) -> None:
         raise InputError(f"vocabulary must be 0 (all) or at least {_FEWEST}, got {count}")
     if count and loss != "distillation":
         raise InputError("vocabulary goes with loss = distillation alone")
+
+
+def check_ranks(vocabulary: DraftVocabulary | None, config: ModelConfig, ranks: int) -> None:
+    """That a node has no more children than there are tokens to draft.
+
+    Raises:
+      InputError: it has.
+    """
+    drafted = config.vocab_size if vocabulary is None else len(vocabulary.tokens)
+    if ranks > drafted:
+        raise InputError(f"a tree with {ranks} guesses at a place, of {drafted} tokens")
 
 
 def bytes_read(vocabulary: DraftVocabulary | None, params: Parameters) -> int:

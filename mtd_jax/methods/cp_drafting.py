@@ -20,6 +20,7 @@ from mtd_jax.config import ModelConfig
 from mtd_jax.decoding.draft_vocabulary import (
     DraftVocabulary,
     bytes_read,
+    check_ranks,
     columns_of,
     over_all,
     reader_of,
@@ -67,9 +68,7 @@ class CP(TreeDrafting):
 
     def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
         """As for all; and that a node has no more children than there are tokens."""
-        drafted = config.vocab_size if self.vocabulary is None else len(self.vocabulary.tokens)
-        if self.ranks > drafted:
-            raise InputError(f"a tree with {self.ranks} guesses at a place, of {drafted} tokens")
+        check_ranks(self.vocabulary, config, self.ranks)
         return super().check(config, cycles)
 
     def partial_bytes(self, params: Parameters, cached: float) -> float:

@@ -183,9 +183,15 @@ class TreeDrafting(BaseMethod):
 
         return jax.lax.cond(jnp.any(state.active & ~copying), asked, copied)
 
-    def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
-        """Drafts for the next step; here none, for methods that draft when they verify."""
-        return state.replace(partial=jnp.where(state.drafted > 0, 1, 0).astype(jnp.int32))
+    def drafted(
+        self, params: Parameters, state: DecodeState, asked: Bool[Array, ""]
+    ) -> DecodeState:
+        """Drafts for the next step; here none, for methods that draft when they verify.
+
+        Args:
+          asked: whether this step's drafts were of the heads, in any row.
+        """
+        return state.replace(partial=((state.drafted > 0) & asked).astype(jnp.int32))
 
     def kept(
         self,
@@ -223,7 +229,8 @@ class TreeDrafting(BaseMethod):
         if copies is not None:
             rates = copies.after(before.rates, state.drafted, accepted, copying)
             extra = extra.replace(rates=rates)
-        return self.drafted(params, state.replace(extra=extra))
+        asked = jnp.any(state.active & ~copying)
+        return self.drafted(params, state.replace(extra=extra), asked)
 
     def hoped(self, yields: Yields) -> Float[Array, "trees B"]:
         """Drafts of the heads on each of `trees` that are expected to be accepted."""
@@ -292,7 +299,9 @@ class RowDrafting(TreeDrafting):
         known: Guessed = state.extra
         return tree, known.guesses[:, tree.depth[1:] - 1, tree.rank[1:]]
 
-    def drafted(self, params: Parameters, state: DecodeState) -> DecodeState:
+    def drafted(
+        self, params: Parameters, state: DecodeState, asked: Bool[Array, ""]
+    ) -> DecodeState:
         """Guesses from the row that the newest token was drawn from."""
         known: Guessed = state.extra
         wanted = jnp.bool(self.depth > 0)

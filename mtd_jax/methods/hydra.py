@@ -33,14 +33,19 @@ from jax.nn import initializers
 
 from mtd_jax import parameters
 from mtd_jax.config import ModelConfig
-from mtd_jax.decoding.draft_vocabulary import DraftVocabulary, bytes_read, reader_of, tokens_of
+from mtd_jax.decoding.draft_vocabulary import (
+    DraftVocabulary,
+    bytes_read,
+    check_ranks,
+    reader_of,
+    tokens_of,
+)
 from mtd_jax.decoding.heads import Heads
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.row_trees import AnyTree
 from mtd_jax.decoding.sampling import candidates
 from mtd_jax.decoding.speculative import Acceptance
 from mtd_jax.decoding.tree import TokenTree
-from mtd_jax.errors import InputError
 from mtd_jax.methods.drafting import TreeDrafting, choose_trees
 from mtd_jax.methods.row_heads import RowHeadsSpec
 from mtd_jax.parameters import Weight, size_in_bytes
@@ -147,9 +152,7 @@ class Hydra(TreeDrafting):
 
     def check(self, config: ModelConfig, cycles: frozenset[int]) -> str | None:
         """As for all; and that a node has no more children than there are tokens."""
-        drafted = config.vocab_size if self.vocabulary is None else len(self.vocabulary.tokens)
-        if self.ranks > drafted:
-            raise InputError(f"a tree with {self.ranks} guesses at a place, of {drafted} tokens")
+        check_ranks(self.vocabulary, config, self.ranks)
         return super().check(config, cycles)
 
     def proposed(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mtd_jax.kernels import few_rows
 from mtd_jax.sharding import parts
 from mtd_jax.transformer.linear import precision_of
-from mtd_jax.typing import Array, Bool, Float
+from mtd_jax.typing import Array, Bool, Float, Int
 
 # Large enough that exp() of it is zero after the row maximum is subtracted, and finite, so that a
 # row which sees nothing (an unused cache row) gives numbers and no NaN.
@@ -51,6 +53,50 @@ def attend(
     weights = weights.reshape(batch, kv_heads, rows * group, -1)
     out = jnp.einsum("BKRS,BKSH->BKRH", weights, v, precision=precision)
     return out.reshape(batch, kv_heads, rows, group, width).transpose(0, 2, 1, 3, 4)
+
+
+def attend_cached(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "L B K H S"],
+    v: Float[Array, "L B K S H"],
+    layer: Int[Array, ""],
+    mask: Bool[Array, "B T S"],
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "B T K G H"]:
+    """`attend` with one layer's keys and values of a cache.
+
+    Few rows on a CPU have a kernel of the package's own (`kernels/few_rows.py`).
+    """
+    if softcap is None and few_rows.attends(q, k, v):
+        return _by_kernel(q, k, v, layer, mask)
+    return _of_layer(q, k, v, layer, mask, softcap=softcap)
+
+
+def _of_layer(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array,
+    mask: jax.Array,
+    *,
+    softcap: float | None = None,
+) -> jax.Array:
+    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, axis=0, keepdims=False) for x in (k, v))
+    return attend(q, keys, values, mask, softcap=softcap)
+
+
+@jax.custom_jvp
+def _by_kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, mask: jax.Array
+) -> jax.Array:
+    return few_rows.attend(q, k, v, layer, mask)
+
+
+@_by_kernel.defjvp
+def _by_kernel_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The tangent of what the kernel computes, by XLA."""
+    return few_rows.attend(*primals), jax.jvp(_of_layer, primals, tangents)[1]
 
 
 def attend_in_parts(

@@ -20,7 +20,7 @@ from flax import struct
 
 from mtd_jax.config import ModelConfig
 from mtd_jax.transformer import masks
-from mtd_jax.transformer.attention import attend, attend_in_parts
+from mtd_jax.transformer.attention import attend_cached, attend_in_parts
 from mtd_jax.transformer.beside import Beside, attend_beside
 from mtd_jax.transformer.block import Block, apply_attention, apply_block, apply_mlp
 from mtd_jax.transformer.cache import KVCache
@@ -123,12 +123,12 @@ def decode_range(
                 # Nothing that is written says whose turn it is: XLA for CPU would copy keys and
                 # values of all layers before it runs the first. A number says it.
                 layer = jnp.where(jnp.isnan(q[0, 0, 0, 0, 0]), 0, layer)
-            keys, values = written.layer(layer)
             heads = []
             if cached:
-                mask = _visible(config, rows, layer)
-                heads += [attend(text, keys, values, mask, softcap=config.attention_logit_softcap)]
+                mask, softcap = _visible(config, rows, layer), config.attention_logit_softcap
+                heads += [attend_cached(text, written.k, written.v, layer, mask, softcap=softcap)]
             if beside is not None:
+                keys, values = written.layer(layer)
                 heads += [_attend_beside(config, layer, others, (keys, values), own, beside)]
             return jnp.concatenate(heads, axis=1), written
 

@@ -51,7 +51,8 @@ def test_tokens_are_those_of_plain_decoding(model: mtd.LanguageModel, name: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "floor"), [("medusa", 0.007), ("hidden_transfer", 0.02), ("cp", 0.01)]
+    ("name", "floor"),
+    [("medusa", 0.007), ("hidden_transfer", 0.02), ("cp", 0.01), ("hydra", 0.02)],
 )
 def test_heads_that_come_with_the_package(
     model: mtd.LanguageModel, name: str, floor: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -174,5 +175,9 @@ def test_the_program_on_one_page(place: Path) -> None:
         "--out",
         place / "page",
     ]
-    assert "step 3" in printed_by("train.medusa", *words, "--steps", "3", "--length", "48")
-    assert (place / "page" / "method.json").is_file()
+    short: list[str | Path] = ["--steps", "3", "--length", "48"]
+    assert "step 3" in printed_by("train.medusa", *words, *short)
+    assert json.loads((place / "page" / "method.json").read_text())["method"] == "medusa"
+    shutil.rmtree(place / "page")
+    assert "--method hydra" in printed_by("train.medusa", *words, *short, "--method", "hydra")
+    assert json.loads((place / "page" / "method.json").read_text())["method"] == "hydra"

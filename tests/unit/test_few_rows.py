@@ -1,4 +1,4 @@
-"""Products of few rows: against numpy in float64, and what is done where there is no kernel."""
+"""Few rows: products against numpy, attention against XLA's, and what is done without a kernel."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AxisType
 
 from mtd_jax.kernels import few_rows, library
+from mtd_jax.transformer.attention import attend, attend_cached
 from mtd_jax.transformer.linear import contract
 
 SHAPES = [(1, 576, 960), (3, 8, 7), (5, 13, 33), (16, 100, 257), (2, 1, 1), (7, 64, 9001)]
@@ -73,6 +74,91 @@ def test_products_that_run_at_once_do_not_wait_for_each_other() -> None:
         found = list(pool.map(lambda x: np.asarray(product(x, weight)), rows * 8))
     for x, y in zip(rows * 8, found, strict=True):
         np.testing.assert_array_equal(y, product(x, weight))
+
+
+# B, T, K, G, H, S, L
+ATTENDED = [
+    (1, 1, 3, 3, 64, 128, 2),
+    (2, 8, 3, 3, 64, 256, 3),
+    (3, 16, 2, 4, 16, 128, 1),
+    (1, 5, 1, 1, 24, 96, 2),
+    (1, 3, 3, 1, 80, 1024, 2),
+]
+
+
+def _attended(
+    batch: int, rows: int, heads: int, group: int, depth: int, slots: int, layers: int
+) -> tuple[jax.Array, ...]:
+    """Rows that see 40 % of the slots of the last layer, none of those at the end."""
+    q = _drawn(batch, rows, heads, group, depth)
+    k = _drawn(layers, batch, heads, depth, slots, seed=1)
+    v = _drawn(layers, batch, heads, slots, depth, seed=2)
+    mask = np.random.default_rng(3).random((batch, rows, slots)) < 0.4
+    mask[..., -37:] = False
+    mask[..., 0] = True
+    return tuple(map(jnp.asarray, (q, k, v, np.int32(layers - 1), mask)))
+
+
+@pytest.mark.parametrize("shape", ATTENDED, ids=str)
+def test_attention_is_that_of_the_plain_expression(shape: tuple[int, ...]) -> None:
+    q, k, v, layer, mask = _attended(*shape)
+    assert few_rows.attends(q, k, v)
+    found = jax.jit(attend_cached)(q, k, v, layer, mask)
+    with few_rows.left_out():
+        known = jax.jit(lambda *x: attend_cached(*x))(q, k, v, layer, mask)
+    np.testing.assert_allclose(found, known, atol=2e-6)
+    np.testing.assert_allclose(known, attend(q, k[-1], v[-1], mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ATTENDED, ids=str)
+def test_attention_of_a_row_does_not_depend_on_the_others(shape: tuple[int, ...]) -> None:
+    q, k, v, layer, mask = _attended(*shape)
+    together = few_rows.attend(q, k, v, layer, mask)
+    for t in range(q.shape[1]):
+        alone = few_rows.attend(q[:, t : t + 1], k, v, layer, mask[:, t : t + 1])
+        np.testing.assert_array_equal(together[:, t : t + 1], alone)
+
+
+def test_rows_that_see_nothing_are_zeros_and_large_scores_stay_finite() -> None:
+    q, k, v, layer, mask = _attended(1, 2, 1, 1, 16, 128, 1)
+    found = few_rows.attend(1e4 * q, k, v, layer, mask.at[0, 0].set(False))
+    np.testing.assert_array_equal(found[0, 0], 0)
+    assert np.isfinite(found).all()
+    assert np.abs(found[0, 1]).max() > 0
+
+
+def test_what_lies_behind_all_that_is_seen_is_not_read() -> None:
+    """A cache's slots behind the text hold what rejected drafts left there."""
+    q, k, v, layer, mask = _attended(1, 4, 2, 2, 16, 256, 1)
+    mask = mask.at[..., 100:].set(False)
+    found = few_rows.attend(q, k, v, layer, mask)
+    spoiled = few_rows.attend(
+        q, k.at[..., 128:].set(jnp.nan), v.at[..., 128:, :].set(jnp.nan), layer, mask
+    )
+    np.testing.assert_array_equal(found, spoiled)
+
+
+def test_attention_that_xla_keeps() -> None:
+    q, k, v, *_ = _attended(1, 4, 2, 2, 16, 128, 1)
+    assert not few_rows.attends(q, k[..., :100], v)  # slots in part of a tile
+    assert not few_rows.attends(jnp.tile(q, (1, 1, 1, 20, 1)), k, v)  # too many queries
+    assert not few_rows.attends(jnp.tile(q, (1, 8, 1, 1, 1)), k, v)  # too many rows
+    assert not few_rows.attends(q.astype(jnp.bfloat16), k, v)
+
+
+def test_gradients_of_attention_are_those_of_the_plain_expression() -> None:
+    q, k, v, layer, mask = _attended(1, 3, 2, 2, 16, 128, 2)
+
+    def gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.grad(
+            lambda q, k, v: jnp.sum(jnp.sin(attend_cached(q, k, v, layer, mask))), (0, 1, 2)
+        )(*arrays)
+
+    found = gradients(q, k, v)
+    with few_rows.left_out():
+        known = gradients(q, k, v)
+    for ours, theirs in zip(found, known, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_gradients_are_those_of_a_matrix_product() -> None:
