@@ -6,6 +6,7 @@ torch is imported where it is used only, so these helpers can be imported withou
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -258,14 +259,16 @@ def logits_with_cache(
     """
     import torch
 
+    # transformers 5.24 has another name for it.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     rows = []
     for row, length in zip(torch.from_numpy(tokens), lengths.tolist(), strict=True):
         found: list[Any] = []
-        past = None
+        past: dict[str, Any] = {}
         with torch.no_grad():
             for part in row[: length + steps].split([length, *[1] * steps]):
-                out = model(part[None], past_key_values=past, use_cache=True)
-                past = out.past_key_values
+                out = model(part[None], **past, use_cache=True)
+                past = {name: getattr(out, name)}
                 found.append(out.logits[0, -1])
         rows.append(torch.stack(found))
     return np.asarray(torch.stack(rows).float().numpy())
