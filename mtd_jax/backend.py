@@ -91,7 +91,7 @@ def relative_step_cost(rows: int) -> float:
     same time; what it pays is mostly attention and the host.
     """
     if few_rows.takes(rows, jnp.float32):
-        return 1.0 + 0.02 * (rows - 1) + 0.0035 * (rows - 1) ** 2
+        return 1.0 + 0.045 * (rows - 1)
     if jax.default_backend() == "cpu":
         return 1.0 + 0.22 * (rows > 1) + 0.08 * (rows - 1)
     return 1.0 + 0.003 * (rows - 1)

@@ -70,17 +70,17 @@ DEEP = tiny.config(
 )
 
 
-def _hidden_transfer(pseudo: str) -> Any:
-    found = heads.random(tiny.language_model(DEEP), "hidden_transfer")
-    return methods.make_method("hidden_transfer", {"tree": "2x2", "pseudo": pseudo}, found)
+def _with_heads(name: str, **options: Any) -> Any:
+    return methods.make_method(name, options, heads.random(tiny.language_model(DEEP), name))
 
 
 SPECULATIVE: dict[str, Callable[[], Any]] = {
     "ngram": methods.ngram,
     "tree": lambda: methods.ngram(branches="2x2"),
     "self_speculative": lambda: methods.self_speculative("4-6", "1", drafts=4),
-    "hidden_transfer": lambda: _hidden_transfer("accepted"),
-    "hidden_transfer:all": lambda: _hidden_transfer("all"),
+    "hidden_transfer": lambda: _with_heads("hidden_transfer", tree="2x2", pseudo="accepted"),
+    "hidden_transfer:all": lambda: _with_heads("hidden_transfer", tree="2x2", pseudo="all"),
+    "hydra": lambda: _with_heads("hydra", copy=True),
 }
 
 
