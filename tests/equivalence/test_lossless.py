@@ -21,50 +21,10 @@ from tests.oracle import cp_mixture as cp_oracle
 from tests.oracle import dmtd as dmtd_oracle
 from tests.oracle import transformer as oracle
 from tests.support import heads, tiny
+from tests.support.lossless import AS_OTHERS, METHODS, OWN_PLAIN, UNTRAINED
 
 pytestmark = pytest.mark.filterwarnings("ignore:these weights were not trained")
 
-METHODS: dict[str, dict[str, Any]] = {
-    "cp": {},
-    "cp:chain": {"tree": "chain"},
-    "cp:rejection": {"tree": "chain", "acceptance": "rejection"},
-    "cp:siblings": {"tree": "2x2x1", "acceptance": "rejection"},
-    "cp:tree": {"tree": "2x2x1"},
-    "cp:whole": {"tree": "2x2x1"},
-    "ngram": {},
-    "ngram:chain": {"drafts": 4},
-    "ngram:tree": {"branches": "3x2x1"},
-    "prompt_lookup": {},
-    "self_speculative": {"skip_attention": "1", "drafts": 4},
-    "self_speculative:auto": {"skip_mlp": "0", "skip_attention": "2"},
-    "independent_heads": {},
-    "independent_heads:chain": {"tree": "chain"},
-    "independent_heads:tree": {"tree": "2x2x1"},
-    "hydra": {},
-    "hydra:chain": {"tree": "chain"},
-    "hydra:copy": {"copy": True},
-    "hydra:tree": {"tree": "2x2x1"},
-    "cp:copy": {"copy": True},
-    "medusa": {},
-    "medusa:copy": {"tree": "2x2x1", "copy": True},
-    "medusa:chain": {"tree": "chain"},
-    "medusa:tree": {"tree": "2x2x1"},
-    "medusa:random": {"tree": "3x1"},
-    "hidden_transfer": {},
-    "hidden_transfer:all": {"tree": "2x2x1", "pseudo": "all"},
-    "hidden_transfer:auto": {"pseudo": "all"},
-    "hidden_transfer:copy": {"pseudo": "all", "copy": True},
-    "hidden_transfer:random": {"tree": "3x1"},
-    "dmtd": {"cycle": 4, "early": 1, "late": 1, "lossless": True},
-}
-# Lossless beside plain decoding of their own: cycles of one; the mixture's first token.
-OWN_PLAIN = ("cp:whole", "dmtd")
-UNTRAINED = ("medusa:random", "hidden_transfer:random")
-# They run what others run, with other sizes or weights: at one batch size.
-AS_OTHERS = (
-    *("cp", "hidden_transfer:auto", "independent_heads", "medusa", "ngram"),
-    *("independent_heads:chain", "self_speculative:auto", *UNTRAINED),
-)
 # Windows in some layers, and a context that the answers fill.
 CONFIG = tiny.config(sliding_windows=(None, 9, 5), max_position=100, eos_token_ids=())
 PROMPTS = [
