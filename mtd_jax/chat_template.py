@@ -75,7 +75,8 @@ def conversation(inner: Any, messages: Any, special: Sequence[str]) -> Conversat
 def _marked(inner: Any, messages: list[dict[str, Any]], template: str) -> Conversation:
     """A conversation whose template marks the answers."""
     # `apply_chat_template` gives a mask of tokens only, and a wrong one where an answer ends in a
-    # space that the tokenizer leaves out of its spans: it then runs to the end of the text.
+    # space that the tokenizer leaves out of its spans: it then runs to the end of the text (5.23),
+    # or ends before the space's token (5.24).
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with _template_errors():

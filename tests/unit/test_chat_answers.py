@@ -110,7 +110,7 @@ def test_marks_agree_with_transformers(make: Callable[..., Tokenizer]) -> None:
 
 
 def test_a_marked_space_is_learned_where_spans_leave_it_out() -> None:
-    """transformers marks everything to the end of the text here."""
+    """transformers marks everything to the end of the text here; from 5.24 on a token too few."""
     template = tokenizers.MARKED.replace("</s>{% endgen", "</s> {% endgen")
     tokenizer = trimming(template=template)
     tokens = chat(tokenizer, *CHAT[1:3])
@@ -119,7 +119,7 @@ def test_a_marked_space_is_learned_where_spans_leave_it_out() -> None:
         list(CHAT[1:3]), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     assert theirs["input_ids"] == tokens.ids.tolist()
-    assert theirs["assistant_masks"][-1] == 1
+    assert theirs["assistant_masks"] != tokens.answer.astype(int).tolist()
 
 
 @settings(max_examples=60)
