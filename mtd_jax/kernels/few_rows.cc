@@ -3,7 +3,7 @@
 //
 // A decode step reads every weight once and multiplies it with one row, or with as many as there are
 // drafts to verify. General matrix products repack the weights first, which costs a second pass over
-// memory: with two rows already a step takes a third longer than with one. Here weights are used in
+// memory: with two rows already a step takes a quarter to a third longer than with one. Here weights are used in
 // the order in which they lie, kDepth rows of them at a time, against sums that stay in the first
 // cache; so up to some twelve rows cost little more than reading.
 //
@@ -128,7 +128,7 @@ std::vector<Group> Groups(const Product& p) {
 // The columns [begin, end) of the product.
 void Columns(const Product& p, const std::vector<Group>& groups, int64_t begin, int64_t end) {
   const int64_t most = std::min(kMostColumns, kSums / p.rows / kTile * kTile);
-  // In whole cache lines: sixteen rows take half as long again where every vector lies across two.
+  // In whole cache lines: sixteen rows take 1.4 times as long where every vector lies across two.
   alignas(64) float sums[kSums];
   for (int64_t c = begin; c < end; c += most) {
     const int64_t columns = std::min(most, end - c);
@@ -161,7 +161,7 @@ void Columns(const Product& p, const std::vector<Group>& groups, int64_t begin, 
   }
 }
 
-// e^x of numbers that are not positive, to two units of the last place; 0 under -87. (Cephes)
+// e^x of numbers that are not positive; 0 under -87. (The polynomial is that of Cephes.)
 Vector Exp(Vector x) {
   const Integers tiny = x < Vector{} - 87.0f;
   const Vector n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded: no bits are left for more

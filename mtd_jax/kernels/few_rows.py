@@ -1,11 +1,11 @@
 """A few rows, float32, on a CPU: their product with a large matrix, and their attention to a cache.
 
-Every weight is read once, as it lies. XLA's products of 2 to 16 rows take 1.3 to 2 times as long as
+Every weight is read once, as it lies. XLA's products of 2 to 16 rows take 1.2 to 2 times as long as
 those of one (docs/performance.md), although they read the same weights. These take little longer
 for eight rows than for one, and a row does not depend, not by a bit, on how many there are.
 
-Of attention XLA copies each layer's keys and values out of the cache, and passes over the scores
-six times. Here the cache is read where it lies, as far as a row sees.
+Of attention XLA copies each layer's keys and values out of the cache, and reads all of its slots.
+Here the cache is read where it lies, as far as a row sees.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from mtd_jax.methods.autoregressive import Autoregressive
 from mtd_jax.methods.cp_heads import CPSpec
 from mtd_jax.methods.dmtd import DMTD
 from mtd_jax.methods.independent_heads import IndependentHeadsSpec
-from mtd_jax.methods.ngram import NGram
+from mtd_jax.methods.ngram import LONGEST, NGram
 from mtd_jax.methods.options import layer_numbers, read_options, typed_value
 from mtd_jax.methods.prompt_lookup import PromptLookup
 from mtd_jax.methods.self_speculative import SelfSpeculative
@@ -47,7 +47,7 @@ def autoregressive() -> Autoregressive:
 
 def ngram(
     drafts: Drafts = "auto",
-    longest: int = 6,
+    longest: int = LONGEST,
     branches: str = "",
     acceptance: Acceptance = "exact",
 ) -> NGram:

@@ -17,11 +17,8 @@ from mtd_jax.decoding.adaptive import AcceptanceRates, hoped_of_chains
 from mtd_jax.decoding.method import DecodeState
 from mtd_jax.decoding.row_trees import AnyTree, RowTrees, in_rows
 from mtd_jax.decoding.tree import TokenTree
-from mtd_jax.methods.ngram import NGram
+from mtd_jax.methods.ngram import LONGEST, NGram
 from mtd_jax.typing import Array, Bool, Int, Leaf
-
-_LONGEST = 6
-"""Tokens of context that are told apart, as in `methods.ngram`."""
 
 
 class Copies(struct.PyTreeNode):
@@ -76,4 +73,4 @@ def copier_of(sizes: tuple[int, ...]) -> NGram | None:
         return None
     costs: Any = jnp.ones(2, jnp.float32)
     tree = TokenTree.chain(sizes[-1] - 1)
-    return NGram(costs=costs, tree=tree, sizes=(1, tree.size), longest=_LONGEST)
+    return NGram(costs=costs, tree=tree, sizes=(1, tree.size), longest=LONGEST)

@@ -14,9 +14,8 @@ of a tree is continued by guesses of its own. Two heads, the tree 2x1 (n + 1 is 
     the  ->   cat (head 0)  ->  sat     head 1, told "the cat"
          ->   dog (head 0)  ->  barked  head 1, told "the dog"
 
-The paper's heads are of several layers, and the last token's is a layer of the trunk's own kind;
-these are the simplest ones, of one layer each. Trained as Medusa-1: the base is frozen, the tokens
-told are the text's.
+These are the simplest heads of the paper, of one layer each. Trained as Medusa-1: the base is
+frozen, the tokens told are the text's.
 """
 
 from __future__ import annotations
@@ -67,11 +66,6 @@ class HydraWeights(struct.PyTreeNode):
     """[k (k + 1) / 2, D, D]: T_ij is `told[i (i + 1) / 2 + j]`."""
     bias: Any
     """[k, D]"""
-
-    @property
-    def count(self) -> int:
-        """k: heads."""
-        return int(self.bias.shape[0])
 
     def seen(self, i: int, h: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """What head i makes of the last layer's output, before it is told anything."""

@@ -18,6 +18,8 @@ from mtd_jax.decoding.method import DecodeState
 from mtd_jax.methods.copying import Copying
 from mtd_jax.typing import Array, Int
 
+LONGEST = 6
+"""The highest order, where nothing else is said: tokens of context that are told apart."""
 _BUCKETS = 4096
 """Followers are counted by token modulo this: a vocabulary's worth of zeros a draft would cost more
 than the few wrong counts do."""

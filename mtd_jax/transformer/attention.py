@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mtd_jax.kernels import few_rows
 from mtd_jax.sharding import parts
+from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.linear import precision_of
 from mtd_jax.typing import Array, Bool, Float, Int
 
@@ -57,8 +58,7 @@ def attend(
 
 def attend_cached(
     q: Float[Array, "B T K G H"],
-    k: Float[Array, "L B K H S"],
-    v: Float[Array, "L B K S H"],
+    cache: KVCache,
     layer: Int[Array, ""],
     mask: Bool[Array, "B T S"],
     *,
@@ -68,35 +68,24 @@ def attend_cached(
 
     Few rows on a CPU have a kernel of the package's own (`kernels/few_rows.py`).
     """
-    if softcap is None and few_rows.attends(q, k, v):
-        return _by_kernel(q, k, v, layer, mask)
-    return _of_layer(q, k, v, layer, mask, softcap=softcap)
-
-
-def _of_layer(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    layer: jax.Array,
-    mask: jax.Array,
-    *,
-    softcap: float | None = None,
-) -> jax.Array:
-    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, axis=0, keepdims=False) for x in (k, v))
-    return attend(q, keys, values, mask, softcap=softcap)
+    if softcap is None and few_rows.attends(q, cache.k, cache.v):
+        return _by_kernel(q, cache, layer, mask)
+    return attend(q, *cache.layer(layer), mask, softcap=softcap)
 
 
 @jax.custom_jvp
-def _by_kernel(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, mask: jax.Array
-) -> jax.Array:
-    return few_rows.attend(q, k, v, layer, mask)
+def _by_kernel(q: jax.Array, cache: KVCache, layer: jax.Array, mask: jax.Array) -> jax.Array:
+    return few_rows.attend(q, cache.k, cache.v, layer, mask)
 
 
 @_by_kernel.defjvp
 def _by_kernel_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """The tangent of what the kernel computes, by XLA."""
-    return few_rows.attend(*primals), jax.jvp(_of_layer, primals, tangents)[1]
+
+    def plain(q: jax.Array, cache: KVCache, layer: jax.Array, mask: jax.Array) -> jax.Array:
+        return attend(q, *cache.layer(layer), mask)
+
+    return _by_kernel(*primals), jax.jvp(plain, primals, tangents)[1]
 
 
 def attend_in_parts(

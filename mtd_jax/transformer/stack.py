@@ -126,7 +126,7 @@ def decode_range(
             heads = []
             if cached:
                 mask, softcap = _visible(config, rows, layer), config.attention_logit_softcap
-                heads += [attend_cached(text, written.k, written.v, layer, mask, softcap=softcap)]
+                heads += [attend_cached(text, written, layer, mask, softcap=softcap)]
             if beside is not None:
                 keys, values = written.layer(layer)
                 heads += [_attend_beside(config, layer, others, (keys, values), own, beside)]

@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 
 from mtd_jax.kernels import few_rows, library
 from mtd_jax.transformer.attention import attend, attend_cached
+from mtd_jax.transformer.cache import KVCache
 from mtd_jax.transformer.linear import contract
 
 SHAPES = [(1, 576, 960), (3, 8, 7), (5, 13, 33), (16, 100, 257), (2, 1, 1), (7, 64, 9001)]
@@ -103,9 +104,10 @@ def _attended(
 def test_attention_is_that_of_the_plain_expression(shape: tuple[int, ...]) -> None:
     q, k, v, layer, mask = _attended(*shape)
     assert few_rows.attends(q, k, v)
-    found = jax.jit(attend_cached)(q, k, v, layer, mask)
+    cache = KVCache(k, v, jnp.zeros(len(q), jnp.int32))
+    found = jax.jit(attend_cached)(q, cache, layer, mask)
     with few_rows.left_out():
-        known = jax.jit(lambda *x: attend_cached(*x))(q, k, v, layer, mask)
+        known = jax.jit(lambda *x: attend_cached(*x))(q, cache, layer, mask)
     np.testing.assert_allclose(found, known, atol=2e-6)
     np.testing.assert_allclose(known, attend(q, k[-1], v[-1], mask), atol=1e-6)
 
@@ -149,10 +151,12 @@ def test_attention_that_xla_keeps() -> None:
 def test_gradients_of_attention_are_those_of_the_plain_expression() -> None:
     q, k, v, layer, mask = _attended(1, 3, 2, 2, 16, 128, 2)
 
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        cache = KVCache(k, v, jnp.zeros(len(q), jnp.int32))
+        return jnp.sum(jnp.sin(attend_cached(q, cache, layer, mask)))
+
     def gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return jax.grad(
-            lambda q, k, v: jnp.sum(jnp.sin(attend_cached(q, k, v, layer, mask))), (0, 1, 2)
-        )(*arrays)
+        return jax.grad(lambda *x: total(*x), (0, 1, 2))(*arrays)
 
     found = gradients(q, k, v)
     with few_rows.left_out():
