@@ -113,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         plot.check_drawable(Path(args.plot))
     sampling = sampling_of(args)
     choices = _choices(args.methods, args.heads)
+    if args.plot is not None and BASELINE not in [choice.label for choice in choices]:
+        raise InputError(f"--plot draws speed-ups over {BASELINE}: --methods must name it too")
     sizes = _different([_positive(text) for text in args.batch_sizes.split(",")], "--batch-sizes")
     prompts = _of_categories(read_prompts(args.prompts), args.category)[: args.limit]
     model = open_model(args)
@@ -181,7 +183,10 @@ class _Fitter:
 
 def _choices(text: str, heads: Sequence[str]) -> list[Choice]:
     """The methods of `ar,ngram:drafts=4,...`, each with the heads that are for it."""
-    labels = _different(text.split(","), "--methods")
+    labels = text.split(",")
+    if not all(labels):
+        raise InputError(f"--methods '{text}' has a comma with no method beside it")
+    _different(labels, "--methods")
     files = {h: read_method(arguments.existing_path(h, "heads")) for h in heads}
     choices, taken = [], set()
     for label in labels:

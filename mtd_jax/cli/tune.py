@@ -12,9 +12,10 @@ from rich.console import Console
 from mtd_jax.cli import arguments
 from mtd_jax.cli.session import open_model
 from mtd_jax.convert.atomic import write_file
-from mtd_jax.convert.method_files import MethodFile, write_method
+from mtd_jax.convert.method_files import FILE, MethodFile, read_method, write_method
 from mtd_jax.decoding.language_model import LanguageModel
 from mtd_jax.decoding.requests import Prompt, read_prompts
+from mtd_jax.errors import InputError
 from mtd_jax.evaluation import environment
 from mtd_jax.evaluation.tune_skip import Candidate, SkipSearch
 from mtd_jax.progress import progress
@@ -33,6 +34,7 @@ time, so the search finds the same every time. What was tried is kept in DIR/sea
 search that was stopped goes on where it was.
 """
 _SEARCH_FILE = "search.json"
+_METHOD = "self_speculative"
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
@@ -75,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs `mtd tune self-speculative`."""
     arguments.check_positive(args, "limit", "max_new_tokens", "evaluations")
     prompts = read_prompts(args.prompts)[: args.limit]
-    model = open_model(args)
     out = Path(args.out)
+    _check_free(out)
+    model = open_model(args)
     evaluations = args.evaluations or 6 * model.config.num_layers
     log = _Log(out / _SEARCH_FILE, model, prompts, args.max_new_tokens)
     log.save()  # an `out` that cannot be written is found now, not behind the search
@@ -99,12 +102,18 @@ def run(args: argparse.Namespace) -> int:
         "versions": environment.versions(),
         **environment.provenance(),
     }
-    write_method(out, MethodFile("self_speculative", options, model.fingerprint, record))
+    write_method(out, MethodFile(_METHOD, options, model.fingerprint, record))
     if args.json:
         print(json.dumps({"out": args.out, "options": options, "record": record}))
     else:
         _show(best, options, args.out)
     return 0
+
+
+def _check_free(out: Path) -> None:
+    """Refuses a directory where another method's settings, and perhaps its heads, would be lost."""
+    if (out / FILE).exists() and (found := read_method(out).method) != _METHOD:
+        raise InputError(f"{out} holds what was trained for method '{found}': give another --out")
 
 
 class _Log:

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from mtd_jax.cli.main import main
-from mtd_jax.convert.method_files import read_method
+from mtd_jax.convert.method_files import MethodFile, read_method, write_method
 from tests.support.checkpoints import hf_config, write_hf
 from tests.support.command_line import ROOT, run_program
 
@@ -129,6 +129,10 @@ def test_bench_shows_its_noise(
     assert again["compile_seconds"] == 0.0
     assert main([*argv, "--methods", "ar,ngram:again"]) == 2
     assert "KEY=VALUE" in capsys.readouterr().err
+    assert main([*argv, "--methods", "ar,,"]) == 2
+    assert "a comma with no method" in capsys.readouterr().err
+    assert main([*argv, "--methods", "ngram", "--plot", "speed.png"]) == 2
+    assert "--methods must name it too" in capsys.readouterr().err
 
 
 def test_bench_says_plainly_what_is_slower(
@@ -160,6 +164,8 @@ def test_verify_passes_and_fails(
     report = _json(capsys, *argv, "--method", "ngram", "--option", "drafts=2")
     assert 0 < report["num_accepted_draft_tokens"] <= report["num_draft_tokens"]
     assert main([*argv, "--method", "ngram", "--option", "drafts=0"]) == 0
+    assert "compared plain decoding with itself" in capsys.readouterr().err
+    assert main([*argv, "--method", "ngram", "--option", "drafts=0", "--json"]) == 0
     assert "compared plain decoding with itself" in capsys.readouterr().err
 
 
@@ -198,6 +204,17 @@ def test_tune_refuses_early_where_it_cannot_write(
     assert "cannot write" in capsys.readouterr().err
     assert main([*argv, "--out", str(tmp_path / "file")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_tune_spares_what_is_for_another_method(
+    model: Path, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = MethodFile("medusa", {"count": 3}, "0" * 64)
+    write_method(tmp_path, trained)
+    argv = ["tune", "self-speculative", "--model", str(model), "--prompts", prompts]
+    assert main([*argv, "--out", str(tmp_path)]) == 2
+    assert "for method 'medusa': give another --out" in capsys.readouterr().err
+    assert read_method(tmp_path) == trained
 
 
 def test_tune_finds_the_same_set_every_time_and_goes_on(
