@@ -1,11 +1,13 @@
-"""mtd-jax against other engines on one machine: same weights, same prompt, same number of tokens.
+"""mtd-jax against other engines on one machine: same weights, prompts and budget of tokens.
 
-    python benchmarks/peers.py --model models/smollm2-135m-instruct --out results.json
+    python benchmarks/peers.py --model models/smollm2-135m-instruct --gguf models/SmolLM2.gguf \
+        --prompts benchmarks/prompts/others.jsonl --limit 12 --out results.json
 
-Every engine runs in a process of its own and all take turns, because machines drift within minutes:
-only ratios within a round are quoted. Greedy, end tokens ignored, all cores, prompt included in the
-time. An engine that is not installed is skipped by name; `--python NAME=PATH` runs one with another
-interpreter (for engines that do not share an environment).
+Every engine runs in a process of its own and all take turns, prompt by prompt, because machines
+drift within minutes: only ratios within a round are quoted. Greedy, until the end token or the
+budget, all cores, the prompt's time included. An engine that is not installed is skipped by name;
+`--python NAME=PATH` runs one with another interpreter (engines that do not share an environment).
+What follows a colon is how an engine drafts: `transformers:prompt_lookup`, `mtd_jax:ngram`.
 """
 
 from __future__ import annotations
@@ -21,19 +23,28 @@ from typing import Any
 
 from mtd_jax.cli.main import main as mtd
 from mtd_jax.evaluation import environment
+from mtd_jax.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("peer_worker.py")
-PEERS = ("mtd_jax", "transformers", "ctranslate2", "llama_cpp")
-PROMPT = (
-    "Write a short story about a lighthouse keeper who finds a message in a bottle. The message "
-    "was sent by someone who lived a hundred years ago and asks for help."
+OURS = "mtd_jax"
+PEERS = (
+    OURS,
+    "mtd_jax:ngram",
+    "mtd_jax:hydra:copy=true",
+    "transformers",
+    "transformers:prompt_lookup",
+    "ctranslate2",
+    "llama_cpp",
+    "llama_cpp:prompt_lookup",
+    "vllm",
+    "vllm:ngram",
 )
 
 
 class Peer:
     """One engine in its process; it answers a line of JSON to a line of JSON."""
 
-    def __init__(self, name: str, python: str, models: dict[str, str]) -> None:
+    def __init__(self, name: str, python: str, models: dict[str, Any]) -> None:
         self.name = name
         self._process = subprocess.Popen(
             [python, str(WORKER), name, json.dumps(models)],
@@ -62,17 +73,20 @@ class Peer:
         return json.loads(line) if line else {"error": "the process ended"}
 
 
-def prepare(model: str, directory: Path, dtype: str, gguf: str | None) -> dict[str, str]:
+def prepare(model: str, directory: Path, dtype: str, gguf: str | None) -> dict[str, Any]:
     """The model in every format that an engine wants."""
     huggingface = directory / "hf"
     if mtd(["convert", "to-hf", model, str(huggingface)]) != 0:
         raise SystemExit(2)
+    ends = json.loads((huggingface / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
     return {
         "native": model,
         "hf": str(huggingface),
         "ct2": str(directory / "ct2"),
         "gguf": gguf or "",
+        "scratch": str(directory),
         "dtype": dtype,
+        "ends": ends if isinstance(ends, list) else [ends],
     }
 
 
@@ -80,32 +94,42 @@ def main() -> None:
     """Runs the comparison and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, help="native checkpoint")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--limit", type=int, help="only the first of these prompts")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("--gguf", help="the same weights as GGUF, for llama_cpp")
+    parser.add_argument("--gguf", help="the model as GGUF, for llama_cpp, which dequantises it")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", help="write JSON here")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write JSON here")
     args = parser.parse_args()
+    names = args.peers.split(",")
+    if OURS not in names:
+        parser.error(f"--peers needs {OURS}: ratios are to it")
     pythons = dict(pair.split("=", 1) for pair in args.python)
+    prompts = _prompts(args.model, args.prompts, args.limit)
     with tempfile.TemporaryDirectory() as directory:
         models = prepare(args.model, Path(directory), args.dtype, args.gguf)
         running: list[Peer] = []
         skipped: dict[str, str] = {}
-        for name in args.peers.split(","):
-            peer = Peer(name, pythons.get(name, sys.executable), models)
+        for name in names:
+            python = pythons.get(name.partition(":")[0], sys.executable)
+            peer = Peer(name, python, models)
             if "error" in peer.hello:
                 skipped[name] = peer.hello["error"]
                 print(f"skipped {name}: {skipped[name]}")
                 peer.close()
             else:
                 running.append(peer)
-        ids = _prompt_ids(args.model)
-        report = _measure(running, ids, args.new_tokens, args.rounds)
+        rows = _measure(running, prompts, args.max_new_tokens, args.rounds)
         for peer in running:
             peer.close()
-    report |= {
+    report = {
+        "prompts": len(prompts),
+        "max_new_tokens": args.max_new_tokens,
+        "rounds": args.rounds,
+        "rows": rows,
         "hardware": environment.hardware(),
         "versions": environment.versions(),
         **environment.provenance(),
@@ -113,52 +137,54 @@ def main() -> None:
         "skipped": skipped,
     }
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _prompt_ids(model: str) -> list[int]:
-    from mtd_jax.tokenizer import Tokenizer
+def _prompts(model: str, path: Path, limit: int | None) -> list[list[int]]:
+    """Token ids of each prompt, by our tokenizer for all engines."""
+    tokenizer = Tokenizer.load(model)
+    lines = path.read_text(encoding="utf-8").splitlines()[:limit]
+    return [tokenizer.chat(json.loads(line)["messages"]) for line in lines]
 
-    return Tokenizer.load(model).chat([{"role": "user", "content": PROMPT}])
+
+def _measure(
+    peers: list[Peer], prompts: list[list[int]], new_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {p.name: [0.0] * rounds for p in peers}
+    tokens: dict[str, list[list[int]]] = {}
+    for peer in peers:  # warm-up: engines compile for every length
+        tokens[peer.name] = [peer.run(ids, new_tokens)["tokens"] for ids in prompts]
+    for turn in range(rounds):
+        for ids in prompts:
+            for peer in peers:
+                seconds[peer.name][turn] += peer.run(ids, new_tokens)["seconds"]
+        print(f"round {turn + 1} of {rounds}", flush=True)
+    return [_row(peer, seconds, tokens) for peer in peers]
 
 
-def _measure(peers: list[Peer], ids: list[int], new_tokens: int, rounds: int) -> dict[str, Any]:
-    speeds: dict[str, list[float]] = {p.name: [] for p in peers}
-    tokens: dict[str, list[int]] = {}
-    for peer in peers:
-        tokens[peer.name] = peer.run(ids, new_tokens)["tokens"]  # warm-up
-    for _ in range(rounds):
-        for peer in peers:
-            answer = peer.run(ids, new_tokens)
-            speeds[peer.name].append(len(answer["tokens"]) / answer["seconds"])
-    ours = speeds["mtd_jax"]
-    rows = []
-    for peer in peers:
-        ratios = [a / b for a, b in zip(ours, speeds[peer.name], strict=True)]
-        same = next(
-            (
-                i
-                for i, (a, b) in enumerate(zip(tokens["mtd_jax"], tokens[peer.name], strict=False))
-                if a != b
-            ),
-            None,
-        )
-        rows.append(
-            {
-                "peer": peer.name,
-                "version": peer.hello["version"],
-                "tokens_per_second": [round(s, 2) for s in speeds[peer.name]],
-                "median": round(statistics.median(speeds[peer.name]), 2),
-                "mtd_jax_over_peer": round(statistics.median(ratios), 3),
-                "first_different_token": same,
-            }
-        )
-        print(
-            f"{peer.name:14} {peer.hello['version']:12} {rows[-1]['median']:8.1f} tokens/s   "
-            f"mtd_jax is {rows[-1]['mtd_jax_over_peer']:.2f}x   "
-            f"tokens {'identical' if same is None else f'differ from {same}'}"
-        )
-    return {"prompt_tokens": len(ids), "new_tokens": new_tokens, "rounds": rounds, "rows": rows}
+def _row(
+    peer: Peer, seconds: dict[str, list[float]], tokens: dict[str, list[list[int]]]
+) -> dict[str, Any]:
+    """One engine beside plain decoding of ours, token for token."""
+    counts = {name: sum(map(len, answers)) for name, answers in tokens.items()}
+    speeds = {name: [counts[name] / s for s in took] for name, took in seconds.items()}
+    ratios = [a / b for a, b in zip(speeds[peer.name], speeds[OURS], strict=True)]
+    same = [a == b for a, b in zip(tokens[peer.name], tokens[OURS], strict=True)]
+    row = {
+        "peer": peer.name,
+        "version": peer.hello["version"],
+        "tokens_per_second": [round(s, 2) for s in speeds[peer.name]],
+        "median": round(statistics.median(speeds[peer.name]), 2),
+        "over_mtd_jax": round(statistics.median(ratios), 3),
+        "over_mtd_jax_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "new_tokens": counts[peer.name],
+        "identical_prompts": sum(same),
+    }
+    print(
+        f"{peer.name:28} {peer.hello['version']:14} {row['median']:8.1f} tokens/s   "
+        f"{row['over_mtd_jax']:.2f}x {OURS}   same tokens on {sum(same)} of {len(same)} prompts"
+    )
+    return row
 
 
 if __name__ == "__main__":
