@@ -190,7 +190,11 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         began = time.perf_counter()
-        tokens = decode(request["ids"], request["new_tokens"])
+        try:
+            tokens = decode(request["ids"], request["new_tokens"])
+        except Exception as error:  # whatever an engine raises: it is left out by name
+            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=out, flush=True)
+            return
         seconds = time.perf_counter() - began
         if tokens and tokens[-1] in models["ends"]:  # which engines give back, and which do not
             tokens.pop()

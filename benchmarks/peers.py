@@ -122,7 +122,11 @@ def main() -> None:
                 peer.close()
             else:
                 running.append(peer)
-        rows = _measure(running, prompts, args.max_new_tokens, args.rounds)
+        tokens = _warmed(running, prompts, args.max_new_tokens, skipped)
+        running = [peer for peer in running if peer.name in tokens]
+        if OURS not in tokens:
+            raise SystemExit(f"peers: {OURS} does not run: {skipped[OURS]}")
+        rows = _measure(running, prompts, args.max_new_tokens, args.rounds, tokens)
         for peer in running:
             peer.close()
     report = {
@@ -147,13 +151,37 @@ def _prompts(model: str, path: Path, limit: int | None) -> list[list[int]]:
     return [tokenizer.chat(json.loads(line)["messages"]) for line in lines]
 
 
+def _warmed(
+    peers: list[Peer], prompts: list[list[int]], new_tokens: int, skipped: dict[str, str]
+) -> dict[str, list[list[int]]]:
+    """What each engine answers, run once because engines compile for every length.
+
+    One that fails is closed, and why is added to `skipped`.
+    """
+    tokens: dict[str, list[list[int]]] = {}
+    for peer in peers:
+        answers = []
+        for ids in prompts:
+            answer = peer.run(ids, new_tokens)
+            if "error" in answer:
+                skipped[peer.name] = answer["error"]
+                print(f"left out {peer.name}: {answer['error']}")
+                peer.close()
+                break
+            answers.append(answer["tokens"])
+        else:
+            tokens[peer.name] = answers
+    return tokens
+
+
 def _measure(
-    peers: list[Peer], prompts: list[list[int]], new_tokens: int, rounds: int
+    peers: list[Peer],
+    prompts: list[list[int]],
+    new_tokens: int,
+    rounds: int,
+    tokens: dict[str, list[list[int]]],
 ) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {p.name: [0.0] * rounds for p in peers}
-    tokens: dict[str, list[list[int]]] = {}
-    for peer in peers:  # warm-up: engines compile for every length
-        tokens[peer.name] = [peer.run(ids, new_tokens)["tokens"] for ids in prompts]
     for turn in range(rounds):
         for ids in prompts:
             for peer in peers:

@@ -120,7 +120,7 @@ def _drafts(row: dict[str, Any]) -> list[str]:
         "-" if length is None else f"{length:.2f}",
         f"{row['tokens_per_forward']:.2f}",
         f"{row['roofline_share']:.0%}",
-        "all" if row["identical_to_ar"] else "NOT ALL",
+        {True: "all", False: "NOT ALL", None: "drawn"}[row["identical_to_ar"]],
     ]
 
 
@@ -144,16 +144,13 @@ def lossless() -> str:
     """Drafting methods and plain decoding on many prompts."""
     head = ["method", "prompts", "tokens", "drafted", "accepted"]
     head += ["identical", "ties in rounding", "different"]
-    files = ("cpu-lossless", "cpu-lossless-heads", "cpu-lossless-trees")
-    # What was decoded twice shows as it was the second time.
-    latest = {row["method"]: row for name in files for row in result_of(name)["rows"]}
     rows = (
         [
             row["method"],
-            *(str(row.get(k, "-")) for k in ("prompts", "tokens", "num_draft_tokens")),
-            str(row.get("num_accepted_draft_tokens", "-")),
+            *(str(row[k]) for k in ("prompts", "tokens", "num_draft_tokens")),
+            str(row["num_accepted_draft_tokens"]),
             *(str(row[k]) for k in ("identical", "ties", "failed")),
         ]
-        for row in latest.values()
+        for row in result_of("cpu-lossless")["rows"]
     )
     return table(head, rows)
