@@ -1,7 +1,7 @@
 """Measures again, by the commands that results say they were made with, and makes the tables anew.
 
     python -m benchmarks.again --list
-    python -m benchmarks.again cpu-ar cpu-batches
+    python -m benchmarks.again cpu-ar cpu-methods
 
 Nothing else should run on the machine meanwhile. A result is replaced when its command has ended
 well; what one command needs beside the repository (a model, prompts) lies where the result says.
