@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mtd_jax.cli.main import main as mtd
+from mtd_jax.convert.atomic import write_file
+from mtd_jax.decoding.requests import read_prompts
 from mtd_jax.evaluation import environment
 from mtd_jax.tokenizer import Tokenizer
 
@@ -41,8 +43,16 @@ PEERS = (
 )
 
 
+class EngineError(Exception):
+    """An engine is not installed, or has failed; the message says why."""
+
+
 class Peer:
-    """One engine in its process; it answers a line of JSON to a line of JSON."""
+    """One engine in its process; it answers a line of JSON to a line of JSON.
+
+    Raises:
+      EngineError: it says that it failed, or its process ended; the process is closed then.
+    """
 
     def __init__(self, name: str, python: str, models: dict[str, Any]) -> None:
         self.name = name
@@ -70,7 +80,11 @@ class Peer:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        return json.loads(line) if line else {"error": "the process ended"}
+        answer = json.loads(line) if line else {"error": "the process ended"}
+        if "error" in answer:
+            self.close()
+            raise EngineError(answer["error"])
+        return dict(answer)
 
 
 def prepare(model: str, directory: Path, dtype: str, gguf: str | None) -> dict[str, Any]:
@@ -112,18 +126,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         models = prepare(args.model, Path(directory), args.dtype, args.gguf)
         running: list[Peer] = []
+        tokens: dict[str, list[list[int]]] = {}
         skipped: dict[str, str] = {}
         for name in names:
             python = pythons.get(name.partition(":")[0], sys.executable)
-            peer = Peer(name, python, models)
-            if "error" in peer.hello:
-                skipped[name] = peer.hello["error"]
-                print(f"skipped {name}: {skipped[name]}")
-                peer.close()
+            try:
+                peer = Peer(name, python, models)
+                # Engines compile for every length, so all prompts are answered once before.
+                tokens[name] = [peer.run(ids, args.max_new_tokens)["tokens"] for ids in prompts]
+            except EngineError as error:
+                skipped[name] = str(error)
+                print(f"left out {name}: {error}")
             else:
                 running.append(peer)
-        tokens = _warmed(running, prompts, args.max_new_tokens, skipped)
-        running = [peer for peer in running if peer.name in tokens]
         if OURS not in tokens:
             raise SystemExit(f"peers: {OURS} does not run: {skipped[OURS]}")
         rows = _measure(running, prompts, args.max_new_tokens, args.rounds, tokens)
@@ -141,37 +156,13 @@ def main() -> None:
         "skipped": skipped,
     }
     if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_file(args.out, json.dumps(report, indent=2) + "\n")
 
 
 def _prompts(model: str, path: Path, limit: int | None) -> list[list[int]]:
     """Token ids of each prompt, by our tokenizer for all engines."""
     tokenizer = Tokenizer.load(model)
-    lines = path.read_text(encoding="utf-8").splitlines()[:limit]
-    return [tokenizer.chat(json.loads(line)["messages"]) for line in lines]
-
-
-def _warmed(
-    peers: list[Peer], prompts: list[list[int]], new_tokens: int, skipped: dict[str, str]
-) -> dict[str, list[list[int]]]:
-    """What each engine answers, run once because engines compile for every length.
-
-    One that fails is closed, and why is added to `skipped`.
-    """
-    tokens: dict[str, list[list[int]]] = {}
-    for peer in peers:
-        answers = []
-        for ids in prompts:
-            answer = peer.run(ids, new_tokens)
-            if "error" in answer:
-                skipped[peer.name] = answer["error"]
-                print(f"left out {peer.name}: {answer['error']}")
-                peer.close()
-                break
-            answers.append(answer["tokens"])
-        else:
-            tokens[peer.name] = answers
-    return tokens
+    return [tokenizer.chat(prompt.messages) for prompt in read_prompts(path)[:limit]]
 
 
 def _measure(
